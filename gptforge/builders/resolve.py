@@ -119,6 +119,22 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer, *, prepared_path: str 
     )
 
 
+def warn_if_memorized(config: Config, dataset: Dataset) -> None:
+    """Warn if the run of `--init_from` was trained on text that is held out here."""
+    if not config.init_from or not len(dataset.val) or last_checkpoint(config):
+        return
+    path = checkpoints.resolve_checkpoint(config.init_from)
+    if not (path / checkpoints.STATE).exists():
+        return  # another program's model
+    val_fraction = checkpoints.read_config(path).val_fraction
+    if known := dataset.known_to(checkpoints.read_state(path), val_fraction):
+        logger.warning(
+            f"warning: {config.init_from} was trained on {known}, and the held-out loss will be "
+            "too low if that is held out here: take the same --input and --val_fraction, or a text "
+            "that is new to it"
+        )
+
+
 def last_checkpoint(config: Config) -> Path | None:
     """The checkpoint that a run in the run folder would resume from; None for a new run."""
     if config.restart:

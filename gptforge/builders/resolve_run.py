@@ -22,6 +22,7 @@ from gptforge.builders.resolve import (
     resolve_config,
     resolve_init_from,
     resolve_out_dir,
+    warn_if_memorized,
 )
 from gptforge.builders.teachers import check_teachers
 from gptforge.builders.text_presets import resolve_auto, resolve_finetune
@@ -128,9 +129,12 @@ def _load_dataset(config: Config, explicit: Collection[str], comm: Comm) -> tupl
     """Open the text on all ranks; one per machine prepares it. Also whether it was prepared now."""
     with comm.local_main_process_first(), ProgressMeter("preparing the text") as meter:
         dataset = load_dataset(config, explicit, meter)
-    comm.broadcast_from_rank0(
-        lambda: check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
-    )
+
+    def check() -> None:
+        check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
+        warn_if_memorized(config, dataset)
+
+    comm.broadcast_from_rank0(check)
     return dataset, meter.total > 0
 
 

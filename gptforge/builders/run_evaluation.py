@@ -27,7 +27,6 @@ from gptforge.evaluate.tasks import TASKS, Example, score_choices
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.files import open_regular
 from gptforge.patterns import expand_glob
-from gptforge.printable import pluralize
 from gptforge.report.console import ProgressMeter
 from gptforge.report.format import ValLoss
 from gptforge.tokenizers import byte_lengths, char_lengths
@@ -126,22 +125,10 @@ def _open_data(
     has_val = len(dataset.val) > 0
     if has_val:
         logger.info(f"note: evaluating the validation split of {data}, not the rest")
-    memorized = "this says how well the model remembers it"
-    inputs = state.get("inputs")
-    known = dataset.input_fingerprints("val" if has_val else "train").intersection(
-        map(str, inputs if isinstance(inputs, list) else ())
-    )
-    if state and state["text_sha256"] == dataset.sha256:
-        # A smaller validation split of the same text is part of a larger one.
-        if not has_val or dataset.val_fraction > val_fraction:
-            hint = "; without --data the held-out part is evaluated" if val_fraction else ""
-            logger.warning(f"warning: {run} was trained on {data}: {memorized}{hint}")
-    elif known:
-        has_many = len(dataset.input_splits) > 1
-        count = f"{pluralize(len(known), 'file')} of " if has_many else ""
-        logger.warning(
-            f"warning: {run} was trained on {count}{data}, or on a part of it: {memorized}"
-        )
+    if state and (known := dataset.known_to(state, val_fraction)):
+        memorized = "this says how well the model remembers it"
+        hint = "; without --data the held-out part is evaluated" if val_fraction else ""
+        logger.warning(f"warning: {run} was trained on {known}: {memorized}{hint}")
     return dataset.val if has_val else dataset.train
 
 
@@ -168,7 +155,8 @@ def _open_val_split(
             f"the training text of {run}, {config.input}, cannot be read any more: it has changed "
             f"or is damaged ({error}); give a text with --data"
         ) from None
-    if state["text_sha256"] != dataset.sha256:
+    has_changed = dataset.val_fraction != config.val_fraction  # by another preparation
+    if has_changed or state["text_sha256"] != dataset.sha256:
         raise UserError(
             missing
             if is_gone

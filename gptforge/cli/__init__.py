@@ -107,6 +107,8 @@ def _set_up_streams() -> None:
         # Closed by the parent process: discard the output, do the work.
         devnull = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         sys.stdout, sys.stderr = sys.stdout or devnull, sys.stderr or devnull
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A Windows pipe may not support box-drawing characters or those of the text.
         if isinstance(stream, io.TextIOWrapper):

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 def _check_data(args: DoctorArgs) -> list[Finding]:
     from gptforge.data.dataset import DatasetOptions
-    from gptforge.data.prepare.request import SHARD_SUFFIX, estimate_text_size
+    from gptforge.data.prepare.request import estimate_text_size, find_shards
     from gptforge.data.prepare.text_io import TextFormat
     from gptforge.data.shard_index import INDEX_FILE
     from gptforge.doctor.shards import check_shards
@@ -75,6 +75,6 @@ def _check_data(args: DoctorArgs) -> list[Finding]:
         size = estimate_text_size(path, options)
         preset = merge(preset, make_recipe(size.num_bytes, "gpu").values, source="preset auto")
     options = dataclasses.replace(options, tokenizer=args.tokenizer or preset.tokenizer)
-    is_prepared = (path / INDEX_FILE).is_file() or any(path.glob(f"*{SHARD_SUFFIX}"))
-    check = check_shards if is_prepared or path.suffix == SHARD_SUFFIX else check_texts
+    is_prepared = (path / INDEX_FILE).is_file() or find_shards(path)
+    check = check_shards if is_prepared else check_texts
     return check(path, options, context_length=args.context_length or preset.context_length)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gptforge import tokenizers
 from gptforge.data.cache import prepare_cached
@@ -13,11 +14,11 @@ from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.prepare.finalize import MAX_FINGERPRINTS
 from gptforge.data.prepare.pipeline import PROGRESS_DIR
 from gptforge.data.prepare.request import (
-    SHARD_SUFFIX,
     ProgressBar,
     TextOptions,
     describe_unused_flags,
     describe_unused_fraction,
+    find_shards,
     fingerprint,
     read_ends,
 )
@@ -89,6 +90,22 @@ class Dataset:
         """Fingerprints of the files with text in a split, train or val."""
         return {name for name, splits in self.input_splits.items() if split in splits}
 
+    def known_to(self, state: Mapping[str, Any], val_fraction: float) -> str:
+        """What a run was trained on of the text to evaluate, by its state and `--val_fraction`.
+
+        That is the validation split, or all if there is none. Empty if nothing of it is known.
+        """
+        name, split = self.path.as_posix(), "val" if len(self.val) else "train"
+        if state["text_sha256"] == self.sha256:
+            # A smaller validation split of the same text is part of a larger one.
+            return "" if split == "val" and self.val_fraction <= val_fraction else name
+        inputs = state.get("inputs")
+        inputs = map(str, inputs if isinstance(inputs, list) else ())
+        known = self.input_fingerprints(split).intersection(inputs)
+        if len(self.input_splits) > 1:
+            name = f"{pluralize(len(known), 'file', 'files')} of {name}"
+        return f"{name}, or on a part of it" if known else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetOptions(TextOptions):
@@ -136,12 +153,10 @@ def open_dataset(
     """
     if path.is_dir() and (index := read_index(path)) is not None:
         return _open_prepared(path, index, options)
-    if path.suffix == SHARD_SUFFIX and path.is_file():
-        return _open_shards(path, [path], options)
     if (path / PROGRESS_DIR).is_dir():
         name = path.as_posix()
         raise UserError(f"{name} is not finished: run the command that prepared it again to resume")
-    if path.is_dir() and (shards := sorted(path.glob(f"[!.]*{SHARD_SUFFIX}"))):
+    if shards := find_shards(path):
         return _open_shards(path, shards, options)
     index, notices = prepare_cached(options.request(path), progress=progress)
     return _from_index(path, index, index.load_tokenizer(), options.tokenizer, notices=notices)
@@ -157,7 +172,7 @@ def check_length(dataset: Dataset, context_length: int, *, random_offset: bool =
             "--context_length, or more text"
         )
     if count_sequences(train, context_length) == 0:
-        tokens = pluralize(train, "token", "tokens")
+        tokens = pluralize(train, "token")
         size = f"the training text, {tokens} of {path}: {too_short_hint(train)}"
         raise UserError(f"--context_length {context_length} is longer than {size}")
     if dataset.val_fraction and len(dataset.val) < 2:
@@ -251,7 +266,7 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
     train_shards, val_shards = ([shards[i] for i in part] for part in split_shards(paths))
     notices += describe_unused_fraction(options, has_named=bool(val_shards))
     if num_ignored := len(shards) - len(train_shards) - len(val_shards):
-        ignored = pluralize(num_ignored, "shard", "shards")
+        ignored = pluralize(num_ignored, "shard")
         notices.append(f"{ignored} whose name says test: left out")
     train = ShardDataset(train_shards, vocab_size=tokenizer.vocab_size)
     with contextlib.suppress(UserError):  # ids outside the vocabulary are reported elsewhere

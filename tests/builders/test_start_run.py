@@ -39,7 +39,7 @@ def test_a_finished_run_with_half_an_end_event_writes_it_again(config) -> None:
     assert build(config).fit() == "finished"
     assert [e["step"] for e in events(config, "train")] == list(range(20))
     assert [e["reason"] for e in events(config, "end")] == ["finished"]
-    assert build_trainer(config, explicit=()) is None
+    assert build_trainer(config, explicit=()) == "finished"
 
 
 def test_first_command_still_works_after_max_steps_was_raised(config, messages) -> None:

@@ -170,6 +170,21 @@ def test_training_text_and_changed_text_are_noticed(program, play) -> None:
     assert "has changed" in changed.err
 
 
+def test_text_that_another_split_holds_out_is_noticed(program, play) -> None:
+    prepare = ("prepare", play, "--out", "shards", "--tokenizer", "byte")
+    assert program(*prepare).code == 0
+    assert program(*TRAIN, "--input", "shards").code == 0
+    second = (*DEBUG, "--max_steps", 2, "--init_from", "run", "--input", "shards")
+    assert "warning: run" not in program(*second, "--out_dir", "same").out
+    assert program(*prepare, "--val_fraction", 0.5, "--restart").code == 0
+    changed = program(*EVAL)
+    assert changed.code == 2
+    assert "shards has changed since run was trained on it, and so has the held-out" in changed.err
+    done = program(*second, "--out_dir", "other")
+    assert done.code == 0
+    assert "warning: run was trained on shards, and the held-out loss will be too low" in done.out
+
+
 def test_the_bundled_text_is_found_from_any_folder(program, monkeypatch, tmp_path) -> None:
     Path("input.txt").write_bytes((Path(__file__).parents[2] / "input.txt").read_bytes())
     assert program(*TRAIN, "--val_fraction", 0.002).code == 0

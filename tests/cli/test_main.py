@@ -202,3 +202,10 @@ def test_openmp_spinning_is_limited_unless_configured(monkeypatch) -> None:
         cli.limit_openmp_spinning()
         assert os.environ.get("GOMP_SPINCOUNT") == (value if name == "GOMP_SPINCOUNT" else None)
         monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+
+
+def test_closed_standard_input_is_empty(program, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    done = program("prepare", "-", "--out", "out")
+    assert done.code == 2
+    assert "standard input: there is no text in it" in done.err

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptforge.data.input_errors import BadInputError
+from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare import readers, table_reader, text_io
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.readers import read_documents
-from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.prepare.request import PrepareRequest, select_files
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.table_reader import MAX_BATCH_BYTES, rows_per_batch
 from gptforge.data.prepare.text_io import InputPart, TextFormat
@@ -24,6 +24,7 @@ from gptforge.data.shard_index import Index
 from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.char import CharTokenizer
+from tests.data.prepare.small_datasets import write_parquet
 
 GOOD = json.dumps({"text": "Wherefore art thou Romeo?"})
 SPLITS = ("train", "val")
@@ -59,6 +60,7 @@ def count_documents(index: Index) -> int:
         ("text".encode("utf-16-le"), "NUL byte at offset 1"),
         (b"PK\3\4\x14\0\x93", "bad.txt: a ZIP archive, .*, not text: extract the text"),
         (b"BZh91AY&SY\xfb", "bad.txt: a bzip2 file, not text"),
+        (b"\x1f\x8b\x08\0\0", "bad.txt: a .gz file, not text: extract the text"),
         (b"name".ljust(257, b"\0") + b"ustar", "bad.txt: a tar archive, not text"),
     ],
 )
@@ -93,6 +95,7 @@ def test_explicit_encoding(tmp_path) -> None:
         ("utf-16-le", b"odd", "byte 0x64 at offset 2: leave --encoding out"),
         ("punycode", b"plain words - and a dash ~\n", ".*give the right one"),
         ("ascii", b"caf\xc3\xa9", "byte 0xc3 at offset 3: leave --encoding out"),
+        ("utf-7", b"a lone surrogate: +2AA-", "surrogates not allowed: leave --encoding out"),
     ],
 )
 def test_wrong_encoding(tmp_path, encoding, raw, words) -> None:
@@ -125,6 +128,18 @@ def test_missing_files(tmp_path) -> None:
     expect_error(tmp_path, r"e\*: only folders match this pattern: .* add /\*", "e*")
     (tmp_path / "empty" / "picture.png").write_bytes(b"PNG")
     expect_error(tmp_path, "no text in this folder", "empty")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.parquet"])
+def test_file_that_changes_while_it_is_read(tmp_path, name) -> None:
+    path, text = tmp_path / name, f"{GOOD}\n{GOOD}\n".encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    if path.suffix == ".parquet":
+        write_parquet(path, [GOOD, GOOD])
+    selection = select_files(PrepareRequest((str(path),)))
+    os.utime(path, ns=(0, 0))  # as after writing to it
+    words = f"{name} changed while it was read: run the same command again"
+    expect_error(tmp_path, words, name, selection=selection)
 
 
 def test_failed_read_names_the_file(tmp_path, monkeypatch) -> None:
@@ -243,6 +258,24 @@ def test_lone_surrogates_are_replaced(tmp_path) -> None:
     lines = ['{"text": "a\\ud83d b"}', '{"text": "a\\ude00 b"}', GOOD]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     assert count_documents(run_prepare(tmp_path, "t.jsonl", val_fraction=0.0)) == 3
+
+
+def test_documents_that_are_skipped_are_numbered(tmp_path) -> None:
+    lines = [r'{"text": "a\u0000"}', GOOD, GOOD, r'{"text": "b\u0000"}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    bad_input = BadInputHandler(skip=True)
+    (source,) = find_sources([str(tmp_path / "t.jsonl")])
+    assert len(list(read_documents(InputPart(source, bad_input=bad_input)))) == 2
+    numbers = [example.partition("document ")[2] for example in bad_input.examples]
+    assert numbers == ["1: NUL character", "4: NUL character"]
+
+
+def test_any_column_of_strings_is_text(tmp_path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        pq.write_table(pa.table({"text": pa.array(["x", "y"], kind)}), tmp_path / "t.parquet")
+        (source,) = find_sources([str(tmp_path / "t.parquet")])
+        assert [text for _, text in read_documents(InputPart(source))] == ["x", "y"]
 
 
 def test_full_disk_leaves_no_partial_shard(tmp_path, monkeypatch) -> None:

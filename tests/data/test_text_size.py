@@ -46,6 +46,7 @@ def test_other_forms_are_estimated(tmp_path, form) -> None:
 def test_shards_of_other_programs_and_missing_files(tmp_path) -> None:
     (tmp_path / "train.bin").write_bytes(bytes(3000))
     (tmp_path / "val.bin").write_bytes(bytes(500))
+    (tmp_path / ".more_train.partial.bin").write_bytes(bytes(900))  # being downloaded
     size = estimate_text_size(tmp_path, TextOptions(val_fraction=0.1))
     assert (size.num_bytes, size.tokenizer_name) == (6000, "gpt2")
     (tmp_path / "test.bin").write_bytes(bytes(700))

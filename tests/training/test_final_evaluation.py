@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gptforge.train import final_evaluation, signals
 
 from gptforge.api.run import Run
 from gptforge.builders.build_trainer import build_trainer
@@ -20,6 +19,7 @@ from gptforge.report import run_report
 from gptforge.report.curves import plot_curves
 from gptforge.report.format import ValLoss
 from gptforge.report.metrics import read_history
+from gptforge.training import final_evaluation, signals
 from gptforge.training import trainer as trainer_module
 from gptforge.training.signals import StopSignal
 from gptforge.training.trainer import Trainer

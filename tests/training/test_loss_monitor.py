@@ -2,8 +2,8 @@ import math
 from collections.abc import Callable
 
 import torch
-from gptforge.train import loss_monitor
 
+from gptforge.training import loss_monitor
 from gptforge.training.loss_monitor import LossMonitor
 
 

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from gptforge.train import final_evaluation
 
 from gptforge.cli import main
 from gptforge.config import Config
+from gptforge.training import final_evaluation
 from tests.training.runs import events
 
 RUN = Path(__file__).parents[1] / "golden" / "run-0.1"

@@ -94,7 +94,7 @@ def _notices(
     """Notes for the user about the split and the text."""
     notices = list(scan.notices)
     if literals := sum(result.num_eot_literals for result in results):
-        times = pluralize(literals, "time", "times")
+        times = pluralize(literals, "time")
         notice = f"{END_OF_TEXT} stands in the text {times}, as plain characters"
         if any(source.kind == "text" for source in sources):
             notice += (

@@ -130,7 +130,8 @@ def byte_offset(source: Source, stats: TextStats, char_index: int) -> int:
 
 def _next_line(file: IO[bytes], target: int, stop: int) -> int | None:
     file.seek(target - 1)
-    file.readline()
+    while (part := file.readline(SEARCH_BLOCK)) and not part.endswith(b"\n"):
+        pass  # not in one piece: a line may be longer than memory
     return file.tell() if file.tell() < stop else None
 
 

@@ -155,7 +155,13 @@ def _encode(
             size = f"a vocabulary of {tokenizer.vocab_size}"
             raise UserError(f"--raw_bin stores ids as uint16, and {size} does not fit")
         path = out_dir / TOKENIZER_FILE
+        used = _read(path)
         tokenizers.save(tokenizer, path)
+        if _read(path) != used:
+            # Another version of the package tokenizers may learn other merges than those that the
+            # finished jobs were encoded with.
+            for job in (out_dir / PROGRESS_DIR).glob("job-*"):
+                job.unlink()
         jobs = partition(sources, scanned, text_format, job_bytes=max(1, request.shard_bytes))
         runner = JobRunner(out_dir, path, rule, text_format, request.skip_bad)
         results = run_jobs(jobs, runner, out_dir / PROGRESS_DIR, num_workers, progress)

@@ -45,16 +45,13 @@ def read_documents(part: InputPart) -> Iterator[tuple[int, str]]:
         texts = read_parquet(part)
     else:
         texts = read_json(part)
-    index = 0
     try:
-        for text in texts:
+        for index, text in enumerate(texts):
             if "\0" in text:
                 location = f"{source.name}, document {index + 1}"
                 bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
-                continue
-            if text.strip():
+            elif text.strip():
                 yield index, clean_text(text, part)
-            index += 1
     except BadInput as bad:
         # The rest of the file cannot be read.
         bad_input.handle(bad)

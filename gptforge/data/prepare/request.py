@@ -105,6 +105,12 @@ def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> F
     return FileSelection(sources, val_sources, tuple(notices))
 
 
+def find_shards(path: Path) -> list[Path]:
+    """The token shards that a path names: one, or those in a folder, without hidden ones."""
+    is_shard = path.suffix == SHARD_SUFFIX and path.is_file()
+    return [path] if is_shard else sorted(path.glob(f"[!.]*{SHARD_SUFFIX}"))
+
+
 def describe_unused_flags(options: TextOptions, kinds: Collection[FileKind]) -> list[str]:
     """Notices about flags that have no effect on files of these kinds; none for token shards."""
     text_format, default = options.text_format, TextFormat()
@@ -175,12 +181,9 @@ def estimate_text_size(path: Path, options: TextOptions) -> TextSize:
     if path.is_dir() and (index := read_index(path)) is not None:
         name = str(index.record["tokenizer"]["name"])
         return TextSize(index.total("train", "bytes"), name)
-    shards = [path] if path.suffix == SHARD_SUFFIX else []
-    if path.is_dir():
-        shards = sorted(path.glob(f"*{SHARD_SUFFIX}"))
-    if shards:
+    if shards := find_shards(path):
         indices, val_indices = split_shards(shards)
-        num_bytes = sum(shards[i].stat().st_size for i in indices if shards[i].is_file())
+        num_bytes = sum(shards[i].stat().st_size for i in indices)
         share = 1.0 if val_indices else 1 - options.val_fraction
         return TextSize(round(TEXT_PER_SHARD_BYTE * num_bytes * share), "gpt2")
     selection = select_files(options.request(path))

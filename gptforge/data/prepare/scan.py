@@ -20,6 +20,7 @@ from gptforge.data.prepare.split import (
 from gptforge.data.prepare.text_io import InputPart, TextFormat, TextStats, text_stats
 from gptforge.errors import UserError
 from gptforge.printable import join_first, pluralize
+from gptforge.shell import quote
 from gptforge.tokenizers.base import code_points
 
 
@@ -44,10 +45,12 @@ def scan(request: PrepareRequest, selection: FileSelection) -> ScanResult:
     fraction, val_sources = request.val_fraction, selection.val_sources
     if val_sources:
         _require_text_in_both_splits(request, selection)
-        return ScanResult(SplitRule("files", fraction, val_sources=val_sources), "", stats)
+        rule = SplitRule("files", fraction, val_sources=val_sources)
+        return ScanResult(rule, "", stats, _describe_separator(documents, request.text_format))
     rule = make_split_rule(documents, fraction, split_duplicates=not request.split_by_name)
     sha256 = documents[0].sha256 if len(documents) == 1 else ""
-    return ScanResult(rule, sha256, stats, _describe_duplicates(documents, rule))
+    notices = _describe_separator(documents, request.text_format)
+    return ScanResult(rule, sha256, stats, notices + _describe_duplicates(documents, rule))
 
 
 def _scan_documents(
@@ -71,6 +74,16 @@ def _scan_documents(
             continue
         if not stats.is_blank:
             yield DocumentStats((index, 0), stats.num_chars, stats.digest, stats.sha256)
+
+
+def _describe_separator(
+    documents: Sequence[DocumentStats], text_format: TextFormat
+) -> tuple[str, ...]:
+    separator, is_all = text_format.split_on, len(documents) < MIN_HASH_DOCUMENTS
+    if not separator or not is_all or any(document.id[1] for document in documents):
+        return ()
+    hint = "; a line end is $'\\n' in bash" if "\\" in separator else ""
+    return (f"--split_on {quote(separator)} is not in the text: each file is one document{hint}",)
 
 
 def _describe_duplicates(documents: Sequence[DocumentStats], rule: SplitRule) -> tuple[str, ...]:

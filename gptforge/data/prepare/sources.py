@@ -16,7 +16,7 @@ from typing import IO, Literal
 from gptforge import files
 from gptforge.errors import UserError
 from gptforge.patterns import expand_glob
-from gptforge.printable import pluralize
+from gptforge.printable import pluralize, printable
 from gptforge.shell import quote
 
 FileKind = Literal["text", "jsonl", "parquet", "csv"]
@@ -50,9 +50,21 @@ class Source:
     path: Path
     kind: FileKind
     compression: Compression
-    size: int  # bytes on disk
+    status: os.stat_result
     stamp: str  # changes with the content: the modification time, or a hash
     name: str  # for messages
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.status.st_size
+
+    def check_unchanged(self, status: os.stat_result) -> None:
+        """Raise a UserError if the file has changed since it was found: it is read repeatedly."""
+        found = self.status
+        if (found.st_size, found.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+            hint = "run the same command again when nothing writes to it"
+            raise UserError(f"{self.name} changed while it was read: {hint}")
 
 
 def find_sources(
@@ -96,11 +108,10 @@ def open_sources(names: Sequence[str], *, kind: KindFlag = "auto") -> Iterator[l
 
 
 def describe_ignored_files(name: str) -> str:
-    """Count the files of a folder that are not read, by suffix; empty if there are none."""
+    """Count what is not read of a folder, files by suffix; empty if there is nothing."""
     if name == "-" or not Path(name).is_dir():
         return ""
-    ignored = (path for path in _walk(Path(name)) if _suffixes(path)[0] not in FOLDER_SUFFIXES)
-    counts = Counter(path.suffix.lower() or "without" for path in ignored)
+    counts = Counter(reason for path in _walk(Path(name)) if (reason := _ignored_as(path)))
     listed = [f"{count:,} {suffix}" for suffix, count in counts.most_common(MAX_SUFFIXES)]
     if others := sum(count for _, count in counts.most_common()[MAX_SUFFIXES:]):
         listed.append(f"{others:,} others")
@@ -110,13 +121,17 @@ def describe_ignored_files(name: str) -> str:
 
 def _expand(name: str) -> list[Path]:
     path = Path(name)
+    if not name:
+        raise UserError(
+            "an empty name was given: name a file, a folder (. is this one) or a pattern"
+        )
     if name.startswith(("http:/", "https:/")):
         raise UserError(f"{name}: URLs are not supported: download it, and name the file")
     if path.is_dir():
         if _is_run(path) or _is_model(path):
             problem = "the folder of a run or a model, whose files are not training text"
             raise UserError(f"{name}: {problem}: --init_from {quote(name)} starts from its weights")
-        found = [file for file in _walk(path) if _suffixes(file)[0] in FOLDER_SUFFIXES]
+        found = [file for file in _walk(path) if not _ignored_as(file)]
         if not found:
             suffixes = f"{', '.join(FOLDER_SUFFIXES)} or one of these with .gz, .zst or .xz"
             problem = f"no text in this folder: nothing in it ends in {suffixes}"
@@ -128,25 +143,42 @@ def _expand(name: str) -> list[Path]:
     found = [file for file in matches if file.is_file()]
     if not found:
         what = "nothing matches this pattern" if glob.has_magic(name) else "there is no such file"
-        if matches:
+        if path.is_symlink():
+            what = "a broken link: correct it"
+        elif matches:
             what = "only folders match this pattern: name one of them, or add /* for their files"
         raise UserError(f"{name}: {what}")
     return found
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files below a folder, without hidden ones and those of runs."""
-    for root, folders, names in os.walk(folder):
+    """Files and links below a folder, without hidden ones and those of runs; an OSError if any
+    folder cannot be read. Links to folders are not entered."""
+    for root, folders, names in os.walk(folder, onerror=_raise):
         here = Path(root)
         # Skip runs: their logs and samples are not training text, and change during training.
         folders[:] = [n for n in folders if not n.startswith(".") and not _is_run(here / n)]
-        for path in (here / name for name in names if not name.startswith(".")):
-            if path.is_file():
+        for path in (here / name for name in (*names, *folders) if not name.startswith(".")):
+            if path.is_file() or path.is_symlink():
                 yield path
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _ignored_as(path: Path) -> str:
+    """The suffix of a file of `_walk` that is not read, or what else it is; empty for texts."""
+    if not path.is_file():
+        return "link to a folder" if path.is_dir() else "broken link"
+    is_text = _suffixes(path)[0] in FOLDER_SUFFIXES
+    return "" if is_text else path.suffix.lower() or "without"
+
+
 def _is_run(folder: Path) -> bool:
-    return (folder / "checkpoints").is_dir() and (folder / "config.toml").is_file()
+    # Before its first save, a run has logs and no checkpoints.
+    is_started = (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file()
+    return is_started and (folder / "config.toml").is_file()
 
 
 def _is_model(folder: Path) -> bool:
@@ -160,7 +192,7 @@ def _suffixes(path: Path) -> tuple[str, Compression]:
 
 
 def _file_source(path: Path, kind: KindFlag) -> Source:
-    name = path.as_posix()
+    name = printable(path.as_posix())  # it need not be UTF-8, and the index lists it
     suffix, compression = _suffixes(path)
     file_kind = KIND_BY_SUFFIX.get(suffix, "text") if kind == "auto" else kind
     if file_kind == "parquet" and compression:
@@ -171,7 +203,7 @@ def _file_source(path: Path, kind: KindFlag) -> Source:
         status = path.stat()
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
-    return Source(path, file_kind, compression, status.st_size, str(status.st_mtime_ns), name)
+    return Source(path, file_kind, compression, status, str(status.st_mtime_ns), name)
 
 
 def _spooled_source(name: str, path: Path, kind: KindFlag) -> Source:
@@ -190,7 +222,7 @@ def _spooled_source(name: str, path: Path, kind: KindFlag) -> Source:
     compression: Compression = found[0] if found else ""
     file_kind: FileKind = "text" if kind == "auto" else kind
     shown = "standard input" if name == "-" else name
-    return Source(path, file_kind, compression, path.stat().st_size, files.sha256(path), shown)
+    return Source(path, file_kind, compression, path.stat(), files.sha256(path), shown)
 
 
 def is_pipe(path: Path) -> bool:

@@ -97,7 +97,7 @@ def make_split_rule(
         num_chars = documents[0].num_chars
         cut = int(num_chars * (1 - val_fraction))
         if cut in (0, num_chars):
-            size = pluralize(num_chars, "character", "characters")
+            size = pluralize(num_chars, "character")
             part = f"--val_fraction {val_fraction} of {size}"
             hint = "use --val_fraction 0 or more text"
             raise UserError(f"{part} leaves one split empty: {hint}")

@@ -110,7 +110,8 @@ def _is_text_column(kind: Any) -> bool:
         is_struct = pa.types.is_struct(kind.value_type)
         names = {field.name for field in kind.value_type} if is_struct else set()
         return {"role", "content"} <= names or {"from", "value"} <= names
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 def read_parquet(part: InputPart) -> Iterator[str]:
@@ -142,6 +143,7 @@ def read_parquet(part: InputPart) -> Iterator[str]:
             except Exception as error:
                 hint = f"download it again ({error_reason(error)})"
                 bad_input.handle(BadInput("damaged row group", location, hint))
+    source.check_unchanged(source.path.stat())
 
 
 def rows_per_batch(metadata: Any, group: int, column: str) -> int:

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import lzma
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from itertools import chain
 from typing import IO, Any, AnyStr
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
-from gptforge.data.prepare.sources import Source
+from gptforge.data.prepare.sources import COMPRESSION_BY_MAGIC, Source
 from gptforge.errors import UserError
 
 # Large strings that alternate between one, two and four bytes per character fragment the heap of
@@ -24,6 +25,7 @@ BLOCK_BYTES = 2**15
 MAX_LINE_LENGTH = 64 * 2**20  # per line or document: several copies must fit into memory
 MAX_SNIFF_BYTES = 2**26  # searched to guess the encoding of a file
 OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would take too much memory
+MAX_WINDOW_BYTES = 2**31  # of `zstd --long=31`, with which large dumps are compressed
 BOM = "\ufeff"
 HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 3.14 and later
 CRLF_NOTICE = "turned CRLF line ends into LF"
@@ -36,6 +38,7 @@ BINARY_BY_MAGIC = {
     b"BZh": "a bzip2 file",
     b"7z\xbc\xaf": "a 7-Zip archive",
     b"Rar!": "a RAR archive",
+    **{magic: f"a .{name} file" for magic, name in COMPRESSION_BY_MAGIC.items()},
 }
 TAR_MAGIC, TAR_MAGIC_OFFSET = b"ustar", 257
 REPLACED_NOTICE = "replaced bytes that are not in the encoding with U+FFFD"
@@ -113,7 +116,8 @@ class InputPart:
                         self.bytes_read = (disk.tell() if source.compression else position) - start
                         yield part
                     if position == end:
-                        return
+                        break
+                source.check_unchanged(os.fstat(disk.fileno()))
         except tuple(damage) as error:
             problem = f"damaged .{source.compression} ({error})"
             raise BadInput(problem, source.name, "download it again") from error
@@ -133,6 +137,8 @@ class InputPart:
             offset = read - undecoded - len(kept)
             try:
                 raw = kept + decoder.decode(block, final=not block)
+                if codec != "utf-8":
+                    raw.encode("utf-8")  # others, such as utf-7, may give lone surrogates
             except UnicodeError as error:
                 problem, hint = describe_decode_error(self, error, block, read - undecoded)
                 raise BadInput(problem, self.source.name, hint) from None
@@ -162,9 +168,12 @@ def _decompressed_blocks(source: Source, disk: IO[bytes], start: int) -> Iterato
     elif source.compression == "xz":
         file = lzma.LZMAFile(disk)  # noqa: SIM115 (it has nothing to close)
     elif source.compression == "zst" and HAS_STDLIB_ZSTD:
-        file = _zstd_module(source).ZstdFile(disk, "rb")
+        zstd = _zstd_module(source)
+        options = {zstd.DecompressionParameter.window_log_max: MAX_WINDOW_BYTES.bit_length() - 1}
+        file = zstd.ZstdFile(disk, "rb", options=options)
     elif source.compression == "zst":
-        return _zstd_blocks(disk, _zstd_module(source).ZstdDecompressor().decompressobj)
+        zstd = _zstd_module(source).ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        return _zstd_blocks(disk, zstd.decompressobj)
     if start:
         file.seek(start)
     return iter(functools.partial(file.read, BLOCK_BYTES), b"")

@@ -18,6 +18,7 @@ from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.shard_index import read_index
 from gptforge.errors import UserError
 from gptforge.tokenizers import from_name
+from gptforge.tokenizers.gpt2 import GPT2Tokenizer
 from tests.data.prepare.small_datasets import (
     DOCUMENTS,
     EOT,
@@ -72,7 +73,8 @@ def test_num_workers_changes_no_byte(tmp_path) -> None:
     assert len([name for name in folders[0] if name.startswith("train")]) > 5
 
 
-def test_shard_bytes_changes_no_token(tmp_path) -> None:
+def test_shard_bytes_changes_no_token(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("gptforge.data.prepare.partition.SEARCH_BLOCK", 16)
     write_jsonl(tmp_path / "a.jsonl", [some_text(i, words=10) for i in range(120)])
     (tmp_path / "c.txt").write_text(" ".join(some_text(i, words=10) for i in range(300, 400)))
     names = [tmp_path / "a.jsonl", tmp_path / "c.txt"]
@@ -194,6 +196,19 @@ def test_shard_lost_meanwhile_is_written_again(tmp_path, monkeypatch) -> None:
     (tmp_path / "cut" / ".train_000003.partial.bin").write_bytes(b"left by a crash")
     prepare_files(tmp_path / "cut", source, shard_bytes=3000)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "complete")
+
+
+def test_jobs_of_another_tokenizer_are_run_again(tmp_path, monkeypatch) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    interrupt_before_index(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        prepare_files(tmp_path / "cut", source, shard_bytes=3000, tokenizer="bpe", vocab_size=300)
+    monkeypatch.undo()
+    other = GPT2Tokenizer(["a b", "c d"])  # as of a version that learns differently
+    monkeypatch.setattr("gptforge.data.prepare.pipeline.learn_bpe", lambda *_: other)
+    for out in ("cut", "fresh"):
+        prepare_files(tmp_path / out, source, shard_bytes=3000, tokenizer="bpe", vocab_size=300)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "fresh")
 
 
 def test_unfinished_folder_starts_from_scratch_if_data_changed(tmp_path, monkeypatch) -> None:

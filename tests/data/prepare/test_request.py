@@ -9,6 +9,7 @@ from gptforge.data.prepare.request import (
     fingerprint,
     select_files,
 )
+from gptforge.data.prepare.text_io import TextFormat
 from tests.data.prepare.small_datasets import some_text
 
 
@@ -32,6 +33,26 @@ def test_ignored_files_are_counted_by_suffix(tmp_path) -> None:
     (tmp_path / "one" / "a.txt").write_text("a")
     (tmp_path / "one" / "b.csv").write_text("b")
     assert "1 file is ignored" in notices(tmp_path / "one")[0]
+
+
+def test_links_in_a_folder_that_are_not_followed_are_counted(tmp_path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_text("text")
+    (tmp_path / "d" / "b.txt").symlink_to("a.md")
+    (tmp_path / "d" / "more").symlink_to("..", target_is_directory=True)
+    (notice,) = notices(tmp_path / "d")
+    assert notice.endswith("by suffix: 1 broken link, 1 link to a folder")
+
+
+def test_separator_that_is_not_in_the_text_is_reported(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree\n")
+
+    def notices_of(separator: str) -> tuple[str, ...]:
+        return open_bytes(tmp_path, text_format=TextFormat(split_on=separator)).notices
+
+    assert not any("--split_on" in notice for notice in notices_of("\n\n") + notices_of("two"))
+    (notice,) = notices_of(r"\n\n")
+    assert notice.startswith(r"--split_on '\n\n' is not in the text: each file is one document; a ")
 
 
 def test_copies_are_reported_but_not_files_with_equal_fingerprints(tmp_path) -> None:

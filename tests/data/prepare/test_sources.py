@@ -3,6 +3,7 @@
 import glob
 import gzip
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from gptforge.data.prepare import sources
 from gptforge.data.prepare.sources import find_sources
+from gptforge.data.shard_index import read_index
 from gptforge.errors import UserError
+from tests.data.prepare.small_datasets import prepare_files
 
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 
@@ -33,7 +36,8 @@ def create(*paths: str) -> None:
 def test_folder_skips_hidden_files_runs_and_json() -> None:
     texts = ["a.txt", "b.text", "c/d.markdown", "c/e.ndjson", "checkpoints/f.MD"]
     others = ["package.json", "c/index.json", ".git/g.txt", "runs/x/log.md", "runs/x/config.toml",
-              "runs/x/metrics.jsonl", "runs/x/checkpoints/last/config.json"]  # fmt: skip
+              "runs/x/metrics.jsonl", "runs/x/checkpoints/last/config.json",
+              "runs/y/log.md", "runs/y/config.toml", "runs/y/metrics.jsonl"]  # fmt: skip
     create(*(f"texts/{name}" for name in texts + others))
     assert find("texts") == [f"texts/{name}" for name in texts]
 
@@ -85,6 +89,26 @@ def test_circular_links() -> None:
         Path("t", link).symlink_to(target)
     assert find("t/**/*.txt") == ["t/a.txt", "t/in/b.txt", "t/out/c.txt"]
     assert find("t/**/**/*.txt") == ["t/a.txt", "t/in/b.txt", "t/out/c.txt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_file_name_that_is_not_utf8_is_escaped() -> None:
+    Path("texts").mkdir()
+    name = os.fsdecode(b"caf\xe9\n.jsonl")
+    Path("texts", name).write_text('{"text": "some words"}\nbad line\n{"text": "more words"}')
+    index = prepare_files(Path("out"), "texts", skip_bad=True)
+    assert index.record["sources"][0]["path"] == r"texts/caf\udce9 .jsonl"
+    assert read_index(Path("out")).total("train", "documents") == 1
+
+
+def test_broken_link_and_empty_name_are_refused() -> None:
+    Path("gone.txt").symlink_to("nothing")
+    Path("loop.txt").symlink_to("loop.txt")
+    for name in ("gone.txt", "loop.txt"):
+        with pytest.raises(UserError, match=f"{name}: a broken link"):
+            find_sources([name])
+    with pytest.raises(UserError, match="an empty name"):
+        find_sources([""])  # as of a shell variable that is not set
 
 
 @pytest.fixture

@@ -57,6 +57,16 @@ def test_zstd_blocks_have_the_same_size(tmp_path) -> None:
     assert len(set(map(len, blocks[:-1]))) == 1
 
 
+def test_zstd_with_a_long_window_is_read(tmp_path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, hash_log=6, chain_log=6)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    # As a stream: the size would make the window smaller.
+    (tmp_path / "t.txt.zst").write_bytes(stream.compress(b"some text\n" * 9) + stream.flush())
+    (source,) = find_sources([str(tmp_path / "t.txt.zst")])
+    assert b"".join(InputPart(source).read_blocks()) == b"some text\n" * 9
+
+
 @pytest.mark.parametrize("block", [1, 2, 3, 100])
 def test_split_lines_across_blocks(block) -> None:
     text = "a\n\nbc\nlast"
