@@ -243,7 +243,9 @@ class Trackers:
         try:
             yield
         except BaseException as error:
-            if not is_failure(error):
+            # A signal raises no SystemExit; a tracker that calls sys.exit must not end the run,
+            # nor its own thread without a word.
+            if not (is_failure(error) or isinstance(error, SystemExit)):
                 raise
             if name not in self._failed:
                 logger.warning(f"warning: {name}: {error_reason(error)}; training continues")
