@@ -230,6 +230,8 @@ class Trackers:
             with self._warn_once(name):
                 if tracker is not None and step > record["sent"].get(event, -1):
                     record["sent"][event] = step
+                    # Gone if the run folder was moved; the next save makes that again.
+                    self._folder.mkdir(exist_ok=True)
                     # First: if the process is killed in between, nothing is sent twice.
                     files.atomic_write(path, json.dumps(record) + "\n")
                     tracker.log(step, values)
