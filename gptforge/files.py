@@ -18,6 +18,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
+from gptforge.printable import is_terminal
+
 MAX_TEXT_BYTES = 16 * 2**20  # ten times the largest text file of a checkpoint, GPT-2's merge list
 
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -266,16 +268,17 @@ def real_path(path: str | Path) -> Path:
 
 
 def redirect_to_devnull(stream: TextIO) -> None:
-    """Discard everything written to an open stream from now on."""
+    """Discard everything written to an open stream from now on, if it has a file descriptor."""
     devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, stream.fileno())
+    with contextlib.suppress(AttributeError, OSError):
+        os.dup2(devnull, stream.fileno())
     os.close(devnull)
 
 
 def discard_terminal_output() -> None:
     """After SIGHUP the terminal is gone, and writing to it would raise an error."""
     for stream in (sys.stdout, sys.stderr):
-        if stream.isatty():
+        if is_terminal(stream):
             redirect_to_devnull(stream)
 
 

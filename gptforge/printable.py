@@ -47,7 +47,18 @@ def terminal_safe(text: str) -> str:
 
 def safe_print(text: object, *, file: TextIO | None = None) -> None:
     """Print and flush with control characters escaped."""
-    print(printable_text(str(text)), file=file, flush=True)
+    print(encodable(printable_text(str(text)), file or sys.stdout), file=file, flush=True)
+
+
+def encodable(text: str, stream: TextIO | None) -> str:
+    """Text with a question mark for each character that the encoding of a stream does not have."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal; None, or an object with little more than `write`, is not."""
+    return bool(getattr(stream, "isatty", bool)())
 
 
 def print_stderr(text: object) -> None:

@@ -17,6 +17,7 @@ from gptforge.cli.train import run_training
 from gptforge.config import Config, merge
 from gptforge.data.cache import Texts, store_texts
 from gptforge.errors import RunError, UserError
+from gptforge.printable import safe_print
 from gptforge.report.log_handler import log_to
 from gptforge.report.metrics import Event
 from gptforge.shell import Start
@@ -127,7 +128,7 @@ def train(
     if reason == "interrupted":
         raise KeyboardInterrupt(f"all is saved; resume with {call}")
     if reason == "terminated":
-        print(f"All is saved; resume with {call}", flush=True)
+        safe_print(f"All is saved; resume with {call}")
         raise SystemExit(EXIT_CODES["terminated"])
     folder = observer.from_here(out_dir)
     if not (folder / "checkpoints").is_dir():

@@ -75,11 +75,6 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
     logger.info(
         f"{path.as_posix()}: logits read back differ from ours by at most {difference:.1e}, {dtype}"
     )
-    if (probability := unused_row_probability(bundle)) > MIN_REPORTED_PROBABILITY:
-        logger.info(
-            "note: the end-of-text id of the file is an unused row of the embedding, to which the "
-            f"model gives a probability of up to {probability:.1e}: longer training reduces it"
-        )
     if gelu_difference := gelu_tanh_difference(bundle):
         logger.info(
             "note: this model's activation is the exact GELU; llama.cpp computes GPT-2's in the "
@@ -97,6 +92,12 @@ def _load_finite(run: str) -> ModelBundle:
 def _log_eos_row(bundle: ModelBundle) -> None:
     """Other programs require an end-of-text id; say which row serves as one without a token."""
     tokenizer = bundle.tokenizer
+    if (probability := unused_row_probability(bundle)) > MIN_REPORTED_PROBABILITY:
+        logger.info(
+            "note: the end-of-text id of the export is an unused row of the embedding, to which "
+            f"the model gives a probability of up to {probability:.1e}, and other programs end a "
+            "text there: longer training reduces it"
+        )
     if tokenizer.eot_token is None:
         is_unused = bundle.config.vocab_size > tokenizer.vocab_size
         row = "an unused row of the embedding" if is_unused else "a row added to the embedding"

@@ -85,7 +85,8 @@ def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
     is_link_file = path.is_file() and path.name in ("best", "last")
     if is_run or is_link_file or not (path.exists() or is_hub_name):
         return source
-    out = Path("runs") / "imported" / source.strip("/.").replace("/", "--").replace("\\", "--")
+    name = source.strip("/.") or path.resolve().name  # of the working folder
+    out = Path("runs") / "imported" / name.replace("/", "--").replace("\\", "--")
     if not _why_not_reusable(out, source):
         logger.info(f"--init_from {source}: imported before, using {out.as_posix()}")
         return out.as_posix()

@@ -21,6 +21,7 @@ from gptforge.config import TEXT_FIELDS, Config, resume_conflicts
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError
 from gptforge.optim.schedule import learning_rate, ramped_dropout, stable_end
+from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 
 LR_TOLERANCE = 0.05  # a relative change of the learning rate that is not worth a warning
@@ -72,7 +73,8 @@ def open_run(
             problems = f"{'; '.join(notices)}; " if notices else ""
             raise UserError(
                 f"{problems}{folder.as_posix()} holds a run without an intact checkpoint: put one "
-                "back, or start from scratch with --restart"
+                "back, start from scratch with --restart, or start another run from its weights, "
+                f"if these are intact, with --init_from {quote(folder.as_posix())}"
             )
         # It ended before its first save: start from scratch in place.
         return OpenedRun("new", config)

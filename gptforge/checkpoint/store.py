@@ -91,16 +91,22 @@ class CheckpointStore:
     def latest(
         self, accept: Callable[[Path], bool] = lambda path: True
     ) -> tuple[Path | None, list[str]]:
-        """The latest intact and accepted checkpoint; corrupt ones are renamed, with a warning."""
+        """The latest intact and accepted checkpoint; later, corrupt ones are renamed.
+
+        Also returns a warning for each of these. Without a checkpoint to return, they keep their
+        names: only the optimizer may be missing, and other commands still use the weights.
+        """
         self._finish_replacing()
-        warnings: list[str] = []
+        corrupt: dict[Path, str] = {}
         for path in reversed(self.checkpoints()):
             if problem := find_corruption(path):
-                backup = files.move_to_backup(path, "damaged")
-                warnings.append(f"{path.name} is damaged ({problem}); renamed to {backup.name}")
+                corrupt[path] = f"{path.name} is damaged ({problem})"
             elif accept(path):
-                return path, warnings
-        return None, warnings
+                return path, [
+                    f"{warning}; renamed to {files.move_to_backup(other, 'damaged').name}"
+                    for other, warning in corrupt.items()
+                ]
+        return None, list(corrupt.values())
 
     def path_of(self, step: int) -> Path:
         """The folder of the checkpoint of a step."""

@@ -103,8 +103,10 @@ def limit_openmp_spinning() -> None:
 
 
 def _set_up_streams() -> None:
+    # A stream is None if the parent process closed it: read nothing, discard output, do the work.
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None or sys.stderr is None:
-        # Closed by the parent process: discard the output, do the work.
         devnull = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         sys.stdout, sys.stderr = sys.stdout or devnull, sys.stderr or devnull
     if sys.stdin is None:

@@ -53,6 +53,8 @@ def model_card(
         num_tokens=origin.step * run.tokens_per_step if origin else 0,
         score=_score(origin) if origin else None,
         prompt=example_prompt(bundle.tokenizer),
+        # Transformers raises an IndexError beyond the context; a prompt is at most 4 tokens.
+        max_new_tokens=max(1, min(100, bundle.config.block_size - 4)),
     )
 
 

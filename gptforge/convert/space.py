@@ -4,6 +4,7 @@ The folder is a run folder too, with a copy of this package, so that the Space n
 from the package index.
 """
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,9 +46,10 @@ def write_space(
         for name in (METRICS, SAMPLES):
             if (path := origin.curves.with_name(name)).is_file():
                 copy_run_file(path, folder)
+    values = {"TITLE": repr(title), "PROMPTS": repr(list(prompts))}
     for path in FILES.iterdir():
-        text = path.read_text("utf-8").replace("TITLE", repr(title))
-        text = text.replace("PROMPTS", repr(list(prompts)))
+        # In one pass: a title may have the word PROMPTS in it.
+        text = re.sub("TITLE|PROMPTS", lambda m: values[m[0]], path.read_text("utf-8"))
         (folder / path.name.removesuffix(".in")).write_text(text, encoding="utf-8")
     card = model_card(bundle, origin, title=title, is_space=True)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -162,7 +162,8 @@ def parse_request(body: bytes) -> CompletionRequest:
         request = CompletionRequest.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{first['loc'][0]!s:.60}: {first['msg']}") from None
+        name = str(*first["loc"][:1]) or "the name of a field"  # which is not UTF-8 text
+        raise UserError(f"{name:.60}: {first['msg']}") from None
     prompts = request.prompts
     if not 1 <= request.n * len(prompts) <= MAX_SEQUENCES:
         raise UserError(f"prompt: give 1 to {MAX_SEQUENCES} texts at once, times n")

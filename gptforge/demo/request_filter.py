@@ -52,7 +52,7 @@ class RequestFilter:
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await pass_on(receive)
         origins = headers.getlist("origin")
-        if any(urlsplit(origin).netloc.lower() != host[0].lower() for origin in origins):
+        if any(origin.lower().rpartition("//")[2] != host[0].lower() for origin in origins):
             return await refuse(403, "cross-origin requests are not allowed")
         try:
             body = await asyncio.wait_for(_read_body(receive), BODY_TIMEOUT)
@@ -68,15 +68,12 @@ class RequestFilter:
         await pass_on(replay)
 
     def _is_allowed(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname or ""
-        if "*" in self._hosts or name in self._hosts:
-            return True
         try:
+            name = urlsplit(f"//{host}").hostname or ""
             # An IP address cannot be rebound.
-            ipaddress.ip_address(name)
+            return bool({"*", name} & self._hosts or ipaddress.ip_address(name))
         except ValueError:
             return False
-        return True
 
 
 async def _read_body(receive: Receive) -> bytes | None:

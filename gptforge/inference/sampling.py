@@ -14,6 +14,7 @@ from torch import Tensor
 from gptforge.config import SEED_LIMIT
 from gptforge.errors import UserError
 from gptforge.inference.validation import is_int, is_number
+from gptforge.kernels.sampling import MIN_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
         ids = None
     # Subtract the maximum before the division: a tiny temperature would make it infinite.
     logits = logits - logits.amax(-1, keepdim=True)
-    probs = (logits / params.temperature).softmax(-1)
+    probs = (logits / max(params.temperature, MIN_TEMPERATURE)).softmax(-1)
     # Inversion instead of torch.multinomial: that draws its own numbers, and syncs on CUDA.
     cdf = probs.cumsum(-1)  # (B, K)
     last = torch.full_like(uniforms, cdf.size(-1) - 1, dtype=torch.long)

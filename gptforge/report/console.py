@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from gptforge import files
-from gptforge.printable import printable_text, safe_print
+from gptforge.printable import encodable, is_terminal, printable_text, safe_print
 from gptforge.report.log_handler import shows_progress
 
 T = TypeVar("T")
@@ -40,11 +40,11 @@ class BarOrLines:
     ) -> None:
         self._stream = stream
         self._bar: Progress | None = None
-        if columns and self._file.isatty() and shows_progress():
+        if columns and is_terminal(self._file) and shows_progress():
             self._bar = Progress(
                 TextColumn(description), BarColumn(bar_width=30), *columns, transient=True,
                 refresh_per_second=4, console=rich.console.Console(file=self._file),
-                redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays there
+                redirect_stdout=is_terminal(sys.stdout),  # what goes to a file stays there
             )  # fmt: skip
             self._task = self._bar.add_task("", total=total, completed=completed, status="")
 
@@ -61,8 +61,9 @@ class BarOrLines:
                 safe_print(text, file=self._file)
             else:
                 # Without colors or wrapping, so that lines can be copied.
+                text = encodable(printable_text(text), self._file)
                 self._bar.console.print(
-                    printable_text(text), markup=False, highlight=False, emoji=False, soft_wrap=True
+                    text, markup=False, highlight=False, emoji=False, soft_wrap=True
                 )
 
     def __enter__(self) -> Self:

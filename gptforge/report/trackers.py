@@ -230,6 +230,8 @@ class Trackers:
             with self._warn_once(name):
                 if tracker is not None and step > record["sent"].get(event, -1):
                     record["sent"][event] = step
+                    # Gone if the run folder was moved; the next save makes that again.
+                    self._folder.mkdir(exist_ok=True)
                     # First: if the process is killed in between, nothing is sent twice.
                     files.atomic_write(path, json.dumps(record) + "\n")
                     tracker.log(step, values)
@@ -243,7 +245,9 @@ class Trackers:
         try:
             yield
         except BaseException as error:
-            if not is_failure(error):
+            # A signal raises no SystemExit; a tracker that calls sys.exit must not end the run,
+            # nor its own thread without a word.
+            if not (is_failure(error) or isinstance(error, SystemExit)):
                 raise
             if name not in self._failed:
                 logger.warning(f"warning: {name}: {error_reason(error)}; training continues")

@@ -93,8 +93,7 @@ def _latest_good_checkpoint(
     def find() -> tuple[str | None, list[str]]:
         path, warnings = store.latest(lambda p: step_from_path(p) != avoid_step and is_good(p))
         if path is None:
-            path, more_warnings = store.latest(is_good)
-            warnings += more_warnings
+            path, warnings = store.latest(is_good)
         return None if path is None else path.as_posix(), warnings
 
     path, warnings = comm.broadcast_from_rank0(find)

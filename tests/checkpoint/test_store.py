@@ -92,6 +92,15 @@ def test_corrupt_checkpoint_is_renamed_and_the_previous_one_used(store) -> None:
     assert store.latest() == (first, [])
 
 
+def test_without_an_intact_checkpoint_nothing_is_renamed(store) -> None:
+    # An exported Space has no optimizer, and its page finds the weights by name.
+    path = save(store, 1)
+    (path / "optimizer.safetensors").unlink()
+    assert store.latest() == (None, ["step-000001 is damaged (optimizer.safetensors is missing)"])
+    assert store.checkpoints() == [path]
+    assert find_corruption(path, checkpoints.INFERENCE_FILES) is None
+
+
 def test_interrupted_save_leaves_what_was_there(store, monkeypatch) -> None:
     first = save(store, 1)
 

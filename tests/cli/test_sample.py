@@ -111,6 +111,14 @@ def test_a_closed_pipe_ends_without_a_traceback() -> None:
     process.stderr.close()
 
 
+@pytest.mark.parametrize("flags", [("--prompt", "-"), ("--interactive",)])
+def test_a_closed_standard_input_is_empty(program, monkeypatch, flags) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    done = program(*SAMPLE, *flags)
+    expected = program(*SAMPLE).out if "-" in flags else ""
+    assert (done.code, done.out) == (0, expected), done.err
+
+
 def test_interactive_continues_each_line(program, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("ROMEO\n日\nJULIET\n"))
     done = program(*SAMPLE, "--interactive")

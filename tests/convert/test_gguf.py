@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptforge import load
-from gptforge.builders.export_model import export_gguf
+from gptforge.builders.export_model import export_gguf, export_hf
 from gptforge.builders.load_model import load_bundle
 from gptforge.config import GPTConfig
 from gptforge.convert.bundle import (
@@ -140,7 +140,10 @@ def test_llama_cpp_gives_the_same_text_and_perplexity(run, tmp_path, play) -> No
 
 def test_the_probability_of_an_unused_row_is_reported(run, program, messages) -> None:
     export_gguf(run, Path("m.gguf"), dtype="f32")
-    reported = float(messages[1].split("probability of up to ")[1].split(":")[0])
+    export_hf(run, Path("hf"))
+    notes = [line for line in messages if "probability of up to " in line]
+    assert len(notes) == 2 and notes[0] == notes[1]
+    reported = float(notes[0].split("probability of up to ")[1].split(",")[0])
     opened = load_bundle(run)
     ids, size = probe_ids(opened.config, opened.tokenizer.vocab_size), opened.tokenizer.vocab_size
     with torch.no_grad():

@@ -375,6 +375,16 @@ def test_concurrent_starts_from_one_model_import_it_once(
     assert load("runs/imported/hf", device="cpu").generate_batch("To", 2)
 
 
+@pytest.mark.parametrize("source", [".", "./", "../hf"])
+def test_the_working_folder_is_imported_beside_other_imports(
+    exports, tmp_path, monkeypatch, source
+) -> None:
+    # Regression: `.` was imported as runs/imported itself, which holds all imports.
+    shutil.copytree(exports["char"], tmp_path / "hf")
+    monkeypatch.chdir(tmp_path / "hf")
+    assert import_if_needed(source) == "runs/imported/hf"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "gptforge_tokenizer.json"])
 def test_a_pipe_or_device_in_a_model_is_refused(exports, tmp_path, name) -> None:

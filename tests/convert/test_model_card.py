@@ -46,3 +46,9 @@ def test_both_learning_rates_of_muon_are_named(run, muon_lr) -> None:
     [row] = [line for line in card.splitlines() if line.startswith("| Optimizer")]
     end = "; Muon's matrices 20 times that |" if muon_lr else " |"
     assert row == f"| Optimizer | muon, learning rate 0.001 to 0.0001, cosine{end}"
+
+
+def test_the_example_fits_the_context(run) -> None:
+    # The run has 32 positions, and transformers raises an IndexError beyond them.
+    [call] = [line for line in card_of(run).splitlines() if "max_new_tokens=" in line]
+    assert "max_new_tokens=28" in call

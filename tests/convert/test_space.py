@@ -44,12 +44,23 @@ def test_a_space_is_complete_and_a_run_folder(space, run) -> None:
     assert load(space, device="cpu").generate("ROMEO:", 20, seed=1)
 
 
+def test_a_title_may_contain_any_word(run, program, tmp_path, monkeypatch) -> None:
+    Path(run).rename(tmp_path / "PROMPTS 'TITLE'")
+    assert program("export", "PROMPTS 'TITLE'", "--to", "space", "space").code == 0
+    titles: list[str] = []
+    monkeypatch.setattr(
+        "gptforge.demo.launch.launch", lambda run, **options: titles.append(options["title"])
+    )
+    runpy.run_path("space/app.py", run_name="__main__")
+    assert titles == ["PROMPTS 'TITLE'"]
+
+
 @pytest.mark.parametrize(
-    ("space_id", "host", "allowed_hosts"),
-    [(None, "127.0.0.1", []), ("somebody/something", "0.0.0.0", ["*"])],
+    ("space_id", "host", "allowed_hosts", "port"),
+    [(None, "127.0.0.1", [], 0), ("somebody/something", "0.0.0.0", ["*"], 7860)],
 )
 def test_only_on_spaces_others_can_connect(
-    space, monkeypatch, space_id, host, allowed_hosts
+    space, monkeypatch, space_id, host, allowed_hosts, port
 ) -> None:
     calls: list[dict] = []
     monkeypatch.setattr("gptforge.demo.launch.launch", lambda run, **options: calls.append(options))
@@ -58,6 +69,7 @@ def test_only_on_spaces_others_can_connect(
         monkeypatch.setenv("SPACE_ID", space_id)
     runpy.run_path(str(space / "app.py"), run_name="__main__")
     assert (calls[0]["host"], calls[0]["allowed_hosts"]) == (host, allowed_hosts)
+    assert calls[0]["port"] == port  # elsewhere, another page may have 7860
     # From the training text, which the Space does not have.
     assert calls[0]["prompts"] == ["JULIET:\n", "ROMEO:\n"]
 

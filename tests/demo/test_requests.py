@@ -67,7 +67,7 @@ def test_a_small_chunked_body_is_accepted(address) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:7860", "localhost.evil.example", ""]
+    "host", ["evil.example", "evil.example:7860", "localhost.evil.example", "", "[::1"]
 )
 @pytest.mark.parametrize("path", ["/", "/run.json", "/v1/models"])
 def test_dns_rebinding_is_refused(address, host, path) -> None:
@@ -80,7 +80,7 @@ def test_names_and_addresses_of_this_machine_are_allowed(address, host) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "https://127.0.0.1.evil.example"]
+    "origin", ["http://evil.example", "null", "https://127.0.0.1.evil.example", "http://[::1"]
 )
 def test_cross_origin_requests_are_refused(address, origin) -> None:
     assert send(address, "POST", "/v1/completions", {"prompt": "R"}, origin=origin)[0] == 403
@@ -225,8 +225,8 @@ def test_an_invalid_completion_request_is_refused(address, fields, words) -> Non
     assert words in response["error"]["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 50_000])
-def test_a_body_that_is_not_an_object_is_refused(address, body) -> None:
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 50_000, b'{"\\ud800": 1}'])
+def test_a_body_that_is_not_an_object_of_fields_is_refused(address, body) -> None:
     status, text = send(address, "POST", "/v1/completions", body)
     assert status == 400
     assert "error" in json.loads(text)

@@ -30,6 +30,7 @@ def sampled_frequencies(params: SamplingParams, draws: int = 1000) -> list[float
         # Top-k leaves 0.625 and 0.375: the first alone has more than top_p.
         (SamplingParams(1.0, 2, 0.6), [0, 1, 0, 0]),
         (SamplingParams(1e-40, 0, 1.0), [0, 1, 0, 0]),
+        (SamplingParams(1e-300, 0, 1.0), [0, 1, 0, 0]),  # 0 in float32
         (SamplingParams(0, 0, 1.0), [0, 1, 0, 0]),
     ],
 )

@@ -1,10 +1,11 @@
+import errno
 import io
 import sys
 
 import pytest
 
 from gptforge.report import console
-from gptforge.report.console import ProgressMeter, track
+from gptforge.report.console import Console, ProgressMeter, track
 
 
 @pytest.fixture
@@ -76,3 +77,32 @@ def test_items_are_counted(open_terminal) -> None:
     terminal = open_terminal()
     assert [item * 2 for item in track([1, 2, 3], "reading")] == [2, 4, 6]
     assert "reading" in terminal.getvalue()
+
+
+class Minimal:
+    """What other programs put in place of standard output: no isatty, no fileno."""
+
+    encoding = "ascii"
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.text, self.error = "", error
+
+    def write(self, text: str) -> None:
+        if self.error:
+            raise self.error
+        self.text += text.encode(self.encoding).decode()
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("stdout", [None, Minimal(), Minimal(OSError(errno.EIO, "gone"))])
+def test_training_needs_no_standard_output_of_its_own(monkeypatch, stdout) -> None:
+    # In a service or a window there is none; its encoding may lack what is printed.
+    monkeypatch.setattr("sys.stdout", stdout)
+    with Console(total=3) as console:
+        console.log("└─ step 1")
+        console.update(1, "")
+        console.log("step 2")
+    if stdout and not stdout.error:
+        assert stdout.text == "?? step 1\nstep 2\n"

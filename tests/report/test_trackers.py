@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -127,12 +128,13 @@ def test_a_tracker_that_fails_is_reported_once_and_changes_nothing(
     assert losses() == expected
 
 
-def test_after_a_failed_event_later_ones_are_sent(fake, tmp_path) -> None:
-    failures = iter([OSError("network down"), None, None])
+@pytest.mark.parametrize("error", [OSError("network down"), SystemExit(3)])
+def test_after_a_failed_event_later_ones_are_sent(fake, tmp_path, messages, error) -> None:
+    failures = iter([error, None, None])
 
     def fail(action: str) -> None:
-        if action == "log" and (error := next(failures)):
-            raise error
+        if action == "log" and (failure := next(failures)):
+            raise failure
 
     fake.fail = fail
     with Trackers(["mlflow"], Config(out_dir=str(tmp_path))) as to:
@@ -140,6 +142,16 @@ def test_after_a_failed_event_later_ones_are_sent(fake, tmp_path) -> None:
             to.log("train", step, {"loss": 1.0})
         to.finish("finished")
     assert fake.steps("train/loss") == [1, 2]
+    assert [line for line in messages if line.startswith("warning: mlflow: ")]
+
+
+def test_a_deleted_folder_of_tracked_files_stops_no_events(fake, tmp_path) -> None:
+    fake.fail = lambda action: shutil.rmtree(tmp_path / "tracking", ignore_errors=True)
+    with Trackers(["mlflow"], Config(out_dir=str(tmp_path))) as to:
+        for step in range(3):
+            to.log("train", step, {"loss": 1.0})
+        to.finish("finished")
+    assert fake.steps("train/loss") == [0, 1, 2]
 
 
 def test_a_tracker_that_hangs_delays_neither_a_step_nor_the_end(fake, tmp_path, messages) -> None:
