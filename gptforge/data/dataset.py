@@ -103,7 +103,7 @@ class Dataset:
         inputs = map(str, inputs if isinstance(inputs, list) else ())
         known = self.input_fingerprints(split).intersection(inputs)
         if len(self.input_splits) > 1:
-            name = f"{pluralize(len(known), 'file', 'files')} of {name}"
+            name = f"{pluralize(len(known), 'file')} of {name}"
         return f"{name}, or on a part of it" if known else ""
 
 
