@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from gptforge.optim.ema import START_FRACTION, WeightEMA
+from gptforge.optim.ema import WINDOW_DIVISOR, WeightEMA
 
 
 def walk(model: nn.Module, ema: WeightEMA, steps: int) -> list[torch.Tensor]:
@@ -28,7 +28,7 @@ def test_average_equals_a_plain_loop() -> None:
         [weight] = walk(model, ema, 1)
         expected = decays[-1] * expected + (1 - decays[-1]) * weight.double()
         # 1 / (1 - decay) is the number of steps that count: a quarter of those made, or fewer.
-        assert round(1 / (1 - ema.decay)) <= max(1, (step + 1) // START_FRACTION)
+        assert round(1 / (1 - ema.decay)) <= max(1, (step + 1) // WINDOW_DIVISOR)
     assert decays == sorted(decays)
     assert decays[0] == 0
     assert decays[-1] == 0.9
