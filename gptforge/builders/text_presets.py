@@ -129,7 +129,7 @@ def explain_recipe(
     v: dict[str, Any] = {**recipe.values, **fixed}
     vocabulary = {
         "char": "a larger vocabulary would need more text",
-        "bpe": "a vocabulary learned from this text, in proportion to its size",
+        "bpe": "a vocabulary learned from this text, larger for more text",
         "gpt2": "enough text for GPT-2's vocabulary",
     }
     tokenizer = f"tokenizer {v['tokenizer']}"
