@@ -20,7 +20,13 @@ from gptforge.data.prepare.pipeline import (
     no_skip_of_only_file,
     prepare,
 )
-from gptforge.data.prepare.request import RAW_BIN_UNUSED, PrepareRequest, ProgressBar, select_files
+from gptforge.data.prepare.request import (
+    RAW_BIN_UNUSED,
+    FileSelection,
+    PrepareRequest,
+    ProgressBar,
+    select_files,
+)
 from gptforge.data.prepare.scan import scan
 from gptforge.data.prepare.sources import is_pipe
 from gptforge.data.prepare.text_io import TextFormat
@@ -74,17 +80,10 @@ def prepare_cached(
 
         with _hints_for(request):
             if request.tokenizer == "bpe":
-                # The shards depend on the merges alone: a resumed run, which has them, finds them.
                 num_ids = request.vocab_size or LEARNED_VOCAB_SIZES
                 name = f"{BPE_PREFIX}{key_of(['bpe', num_ids])[:24]}"
-                learned = _load_bpe(cache, name)
-                if learned is None:
-                    with no_skip_of_only_file(selection.sources):
-                        rule = scan(request, selection).split_rule
-                        learned = learn_bpe(request, selection.sources, rule)
-                    # Its content's hash is part of the name, so that damage is noticed.
-                    tokenizers.save(learned, unnamed := Path(spool) / "learned")
-                    unnamed.replace(cache / f"{name}-{files.sha256(unnamed)[:16]}.json")
+                # The shards' key has this tokenizer: a resumed run, which has it, finds them.
+                learned = _learn_bpe_cached(request, selection, cache, name, Path(spool))
                 request = replace(request, tokenizer=learned)
             tokenizer = request.tokenizer
             vocab = tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
@@ -97,6 +96,22 @@ def prepare_cached(
     (folder / REQUEST_FILE).touch()
     _delete_unused(cache)
     return index, selection.notices
+
+
+def _learn_bpe_cached(
+    request: PrepareRequest, selection: FileSelection, cache: Path, name: str, scratch: Path
+) -> Tokenizer:
+    """Learn a tokenizer from the training split, or load it if that was done before."""
+    if (learned := _load_bpe(cache, name)) is not None:
+        return learned
+    with no_skip_of_only_file(selection.sources):
+        rule = scan(request, selection).split_rule
+        learned = learn_bpe(request, selection.sources, rule)
+    # The hash of its content is part of the file's name, so that damage is noticed.
+    path = scratch / "learned"
+    tokenizers.save(learned, path)
+    path.replace(cache / f"{name}-{files.sha256(path)[:16]}.json")
+    return learned
 
 
 def _load_bpe(cache: Path, name: str) -> Tokenizer | None:
