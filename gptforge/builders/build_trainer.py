@@ -238,7 +238,7 @@ def _assemble(
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=run.precision.needs_scaler),
             patience=patience,
             text_sha256=dataset.sha256,
-            inputs={
+            file_fingerprints={
                 "inputs": sorted(dataset.input_fingerprints("train")),
                 "val_inputs": sorted(dataset.input_fingerprints("val")),
             },

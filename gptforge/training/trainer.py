@@ -50,7 +50,7 @@ class Trainer:
     loss_monitor: LossMonitor
     patience: int  # evaluations without a better held-out loss after which to stop; 0: never
     text_sha256: str  # hash of the training text: a run resumes only with the same text
-    inputs: Mapping[str, list[str]]  # entries of state.json: fingerprints of the texts' files
+    file_fingerprints: Mapping[str, list[str]]  # entries of state.json, by split
     state: TrainState
     lock: FolderLock | None  # lock of the run folder, released when training ends
     comm: Comm  # the ranks; report and saver do nothing except on rank 0, which alone has the lock
@@ -253,7 +253,7 @@ class Trainer:
             self.report.log_saves(self.saver.poll())
             saved = snapshot(
                 state, self.step_fn, self.dataloader, self.comm, text_sha256=self.text_sha256,
-                **self.inputs, file_sizes=self.report.file_sizes(),
+                **self.file_fingerprints, file_sizes=self.report.file_sizes(),
             )  # fmt: skip
             self.saver.save_async(state.step, saved, is_best=is_best)
 
@@ -303,7 +303,7 @@ class Trainer:
         """Log steps with a spike, NaN or Inf, with the training sequences that they saw."""
         for a in anomalies:
             epoch = a.position / self.dataloader.num_sequences
-            windows = self.dataloader.sequence_ids_at(a.position)
+            sequence_ids = self.dataloader.sequence_ids_at(a.position)
             event: Event = {"kind": a.kind, "step": a.step, "loss": a.loss, "norm": a.norm}
-            event |= {"epoch": epoch, "windows": windows}
+            event |= {"epoch": epoch, "windows": sequence_ids}
             self.report.log_anomaly(event, z_score=a.z_score)
