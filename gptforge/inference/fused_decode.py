@@ -3,6 +3,7 @@
 Only for graphs: launched one by one, Triton kernels take more host time than torch's.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -20,6 +21,8 @@ from gptforge.kernels.decode import (
     supports_pdl,
 )
 from gptforge.kernels.layer_norm import add_layer_norm
+
+logger = logging.getLogger(__name__)
 
 LOGIT_TOLERANCE = 0.1
 """Largest relative error of the logits from bfloat16 rounding; wrong logits have about 1."""
@@ -74,7 +77,8 @@ def build_fused_decode(model: InferenceModel, cache: KVCache) -> FusedDecode | N
         else:
             return None
         return step if _matches_forward(step, model, cache) else None
-    except Exception:
+    except Exception as error:
+        logger.debug(f"fused decode steps do not run here: {error!r}")
         return None
 
 

@@ -3,6 +3,7 @@
 The lists of a call go together, and their tensors are contiguous.
 """
 
+import logging
 import math
 from functools import cache
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gptforge.kernels.launch import uses_triton
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 4096
 """Elements of a program."""
@@ -21,8 +24,9 @@ def can_launch(device: torch.device) -> bool:
     param, ones = torch.zeros(2, device=device), torch.ones(2, device=device)
     try:
         _apply_update([param], [ones], ones, 0.0, 1.0, None)
-    except Exception:
-        return False  # no Triton, no C compiler, an unknown GPU
+    except Exception as error:  # no Triton, no C compiler, an unknown GPU
+        logger.debug(f"Muon's fused kernels do not run here: {error!r}")
+        return False
     return bool((param == -1).all())
 
 
