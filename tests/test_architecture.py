@@ -75,11 +75,11 @@ def test_slow_packages_are_imported_lazily() -> None:
         assert layer(path) not in NO_TORCH or "torch" not in packages, path
 
 
-def test_help_and_errors_do_not_import_torch() -> None:
+def test_help_and_errors_do_not_import_torch_or_numpy() -> None:
     code = (
         "import sys; from gptforge.cli import main\n"
         "assert main(['--max_stps', '3']) == 2\n"
-        "assert 'torch' not in sys.modules"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -109,8 +109,6 @@ def _set_up_streams() -> None:
     if sys.stdout is None or sys.stderr is None:
         devnull = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         sys.stdout, sys.stderr = sys.stdout or devnull, sys.stderr or devnull
-    if sys.stdin is None:
-        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A Windows pipe may not support box-drawing characters or those of the text.
         if isinstance(stream, io.TextIOWrapper):

@@ -1,8 +1,7 @@
 """Parameters, FLOPs and bytes of a configuration: pure functions, each formula only here."""
 
+import itertools
 import math
-
-import numpy as np
 
 from gptforge.config import Config, GPTConfig
 
@@ -31,9 +30,13 @@ def default_vocab_size(num_bytes: int) -> int:
 
     A larger vocabulary shortens the text, but each id needs enough occurrences to learn from.
     """
-    megabytes, sizes = zip(*LEARNED_VOCAB_SIZES, strict=True)
-    size = np.exp(np.interp(np.log(max(1, num_bytes) / 1e6), np.log(megabytes), np.log(sizes)))
-    return round(float(size) / 64) * 64
+    first, last = LEARNED_VOCAB_SIZES[0], LEARNED_VOCAB_SIZES[-1]
+    megabytes = min(max(num_bytes / 1e6, first[0]), last[0])
+    (low, low_size), (high, high_size) = next(
+        pair for pair in itertools.pairwise(LEARNED_VOCAB_SIZES) if megabytes <= pair[1][0]
+    )
+    share = math.log(megabytes / low) / math.log(high / low)
+    return round(low_size * math.pow(high_size / low_size, share) / 64) * 64
 
 
 def num_params(config: GPTConfig) -> int:
