@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_texts import GPT_PY, Jobs, Result, cut, read_results
+from small_texts import GPT_PY, Jobs, Result, cut, last_lines, read_results
 
 from gptforge.builders.teachers import cost_with_teachers
 from gptforge.config import Config
@@ -163,7 +163,7 @@ class Runner:
         done, seconds = self.jobs.run(command)
         name = f"{task.text}, {task.bytes:,} bytes, {task.change}, seed {task.seed}"
         if done.returncode:
-            print(f"error: {name}: {shlex.join(command)}\n{done.stdout[-3000:]}", flush=True)
+            print(f"error: {name}: {shlex.join(command)}\n{last_lines(done.stdout)}", flush=True)
             return False
         metrics = folder / "run" / "metrics.jsonl"
         best, end = read_history(metrics).best, read_results(metrics)[-1]

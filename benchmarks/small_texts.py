@@ -56,6 +56,12 @@ BATCH_SIZE = 64  # windows in a forward pass
 Result = dict[str, Any]
 
 
+def last_lines(output: str) -> str:
+    """The end of a failed program's output, without the frames of C++ that hide its traceback."""
+    lines = [line for line in output.splitlines() if not line.startswith("frame #")]
+    return "\n".join(lines)[-3000:]
+
+
 def cut(text: str) -> int:
     """Where the held-out text begins, in characters."""
     return int(len(text) * 0.9)
@@ -178,7 +184,7 @@ class Runner:
         done, seconds = self.jobs.run(command, cwd)
         name = f"{task.text}, {task.program}, seed {task.seed}"
         if done.returncode:
-            print(f"error: {name}: {shlex.join(command)}\n{done.stdout[-3000:]}", flush=True)
+            print(f"error: {name}: {shlex.join(command)}\n{last_lines(done.stdout)}", flush=True)
             return False
         with self.lock:  # one evaluation at a time
             found = self.evaluate(task, text, folder, done.stdout)

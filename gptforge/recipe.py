@@ -42,8 +42,8 @@ ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
         Anchor(  0.01, "char",  4, 128,  128,  32,  1_500, 2e-3, 1e-2, 4.0, 2.0, 0.3, 0.10, 2),
         Anchor(  0.3,  "char",  6, 384,  256,  64,  2_000, 1e-3, 5e-3, 4.0, 1.6, .25, 0.08, 2),
         Anchor(  1,    "char",  6, 384,  256,  64,  2_500, 1e-3, 5e-3, 3.0, 1.2, 0.1, 0.05, 2),
-        Anchor(  5,    "char",  8, 512,  256,  64,  5_000, 1e-3, 5e-3, 1.5, 0.8, 0.1, 0.01, 0),
-        Anchor( 16,    "bpe",  12, 768,  512,  32,  5_000, 1e-3, 5e-3, 1.5, 0.8, 0.1, 0.00, 0),
+        Anchor(  5,    "char",  8, 512,  256,  64,  5_000, 1e-3, 5e-3, 1.5, 0.8, 0.0, 0.01, 0),
+        Anchor( 16,    "bpe",  12, 768,  512,  32,  5_000, 1e-3, 5e-3, 1.5, 0.8, 0.0, 0.00, 0),
         Anchor(100,    "gpt2", 12, 768, 1024,  32,  5_000, 1e-3, 5e-3, 0.4, 0.5, 0.0, 0.00, 0),
         Anchor(200,    "gpt2", 12, 768, 1024,  64,  5_000, 1e-3, 5e-3, 0.1, 0.4, 0.0, 0.00, 0),
         Anchor(10_000, "gpt2", 12, 768, 1024, 128, 19_000, 1e-3, 5e-3, 0.1, 0.1, 0.0, 0.00, 0),
@@ -66,7 +66,6 @@ FITTED_PRESETS: dict[str, DeviceClass | None] = {
 """Presets whose values follow from the text, and for which device; None: the one that trains."""
 MAX_PRESET_MEGABYTES = 5  # the presets with a fixed device are for texts up to this size
 HEAD_SIZES: dict[DeviceClass, int] = {"gpu": 64, "cpu": 32}
-WIDTH_MULTIPLE = 64
 EMA_DECAY = 0.998
 MIN_LR_RATIO = 0.1
 TEACHER_STEPS_SHARE = 0.625
@@ -206,7 +205,7 @@ def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
         megabytes=megabytes,
         tokenizer=(high if share == 1.0 else low).tokenizer,
         n_layer=round(geometric("n_layer")),
-        n_embd=round(geometric("n_embd") / WIDTH_MULTIPLE) * WIDTH_MULTIPLE,
+        n_embd=_round_width(geometric("n_embd")),
         context_length=2 ** round(math.log2(geometric("context_length"))),
         sequences=2 ** round(math.log2(geometric("sequences"))),
         max_steps=round(_round(geometric("max_steps"))),
@@ -214,7 +213,7 @@ def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
         muon_lr=_round(geometric("muon_lr")),
         weight_decay=_round(geometric("weight_decay")),
         muon_weight_decay=_round(geometric("muon_weight_decay")),
-        dropout=round(linear("dropout") * 20) / 20,
+        dropout=round(linear("dropout"), 2),
         token_noise=round(linear("token_noise"), 2),
         teachers=round(linear("teachers")),
     )
@@ -235,7 +234,7 @@ def _affordable(anchors: Sequence[Anchor], flops: float) -> float:
 
 def _training_flops(a: Anchor) -> float:
     vocab_size = VOCAB_SIZES.get(a.tokenizer, default_vocab_size(round(a.megabytes * 1e6)))
-    model = GPTConfig(a.context_length, vocab_size, a.n_layer, a.n_embd // WIDTH_MULTIPLE, a.n_embd)
+    model = GPTConfig(a.context_length, vocab_size, a.n_layer, a.n_embd // 64, a.n_embd)
     tokens = a.max_steps * a.sequences * a.context_length
     # As `teachers.cost_with_teachers`, before there is a Config.
     with_teachers = 1 + a.teachers * (1 / 3 + TEACHER_STEPS_SHARE)
@@ -274,6 +273,16 @@ def _batch(
         "batch_size": batch_size,
         "gradient_accumulation_steps": max(1, round(sequences / max(1, batch_size))),
     }
+
+
+def _round_width(width: float) -> int:
+    """Round to a multiple of 64, from 256 on of 128.
+
+    With 448 channels, runs that shared an H200 with others ended with a CUDA error in a kernel that
+    cuBLAS has for tiles of 224.
+    """
+    multiple = 64 if width < 256 else 128
+    return round(width / multiple) * multiple
 
 
 def _round(value: float) -> float:
