@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,10 @@ class RunError(RuntimeError):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+class DeviceError(RunError):
+    """The GPU failed: nothing more can run on it in this process."""
 
 
 class Terminated(BaseException):
@@ -142,6 +147,30 @@ def explain_os_errors() -> Iterator[None]:
             raise UserError(f"{where}{reason}: {fix}") from error
         hint = f": {fix}, then run the same command again" if fix else ""
         raise RunError(f"{where}{reason}{hint}") from error
+
+
+@contextmanager
+def explain_device_errors() -> Iterator[None]:
+    """Turn a lack of memory or a failure of the device into a RunError with one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or isinstance(error, RunError):
+            raise
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise RunError(
+                f"the device has too little memory for that ({first_line(error)}): end other "
+                "programs that use it, or use another --device"
+            ) from error
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceError(device_failure(error)) from error
+        raise
+
+
+def device_failure(error: Exception) -> str:
+    """What to say of a torch.AcceleratorError, whose other lines are hints for CUDA programmers."""
+    return f"the GPU failed: {first_line(error)}"
 
 
 def install_hint(extra: str) -> str:

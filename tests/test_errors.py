@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from gptforge import tokenizers
+from gptforge.cli import COMMANDS
 from gptforge.config import Config, merge
 from gptforge.config_checks import validate
 from gptforge.config_file import read_toml
 from gptforge.convert.bundle import is_dense_real
 from gptforge.errors import (
+    DeviceError,
     RunError,
     Terminated,
     UserError,
+    explain_device_errors,
     explain_os_error,
     parsing,
 )
@@ -186,3 +189,29 @@ def test_a_file_size_limit_is_not_called_a_full_or_broken_disk(
     assert done.code == 1
     assert "the file would exceed the size limit" in done.err and "ulimit -f" in done.err
     assert "free some space" not in done.err and "check the disk" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), RunError, "too little memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RunError, "too little memory"),
+        (torch.AcceleratorError("CUDA error: ECC\nhelp"), DeviceError, "the GPU failed: .*ECC$"),
+        (RuntimeError("shapes do not match"), RuntimeError, "^shapes do not match$"),
+        (RunError("no finite loss"), RunError, "^no finite loss$"),
+    ],
+)
+def test_a_device_without_memory_or_that_failed_is_one_line(error, kind, message) -> None:
+    with pytest.raises(RuntimeError, match=message) as caught, explain_device_errors():
+        raise error
+    assert type(caught.value) is kind
+
+
+def test_a_device_without_memory_ends_any_command_in_one_line(program, monkeypatch) -> None:
+    def fail(args: list[str]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setitem(COMMANDS, "sample", (fail, *COMMANDS["sample"][1:]))
+    done = program("sample", "run")
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert "too little memory" in done.err

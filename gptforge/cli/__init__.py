@@ -29,7 +29,14 @@ from gptforge.cli import (
     sweep,
     train,
 )
-from gptforge.errors import RunError, Terminated, UserError, explain_os_errors
+from gptforge.errors import (
+    DeviceError,
+    RunError,
+    Terminated,
+    UserError,
+    explain_device_errors,
+    explain_os_errors,
+)
 from gptforge.printable import print_stderr, printable
 from gptforge.shell import program_name, quote
 
@@ -65,7 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_openmp_spinning()
     is_debug = os.environ.get("GPTFORGE_DEBUG") == "1"
     try:
-        with explain_os_errors(), _raise_on_signals(is_program=argv is None):
+        with (
+            explain_os_errors(),
+            explain_device_errors(),
+            _raise_on_signals(is_program=argv is None),
+        ):
             return _run_command(args)
     except (UserError, RunError) as error:
         if is_debug:
@@ -74,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             # All ranks usually fail alike: leave the message to rank 0, unless it gets stuck.
             time.sleep(3)
         print_stderr(f"error: {printable(error)}")
+        if isinstance(error, DeviceError) and argv is None:
+            # Tensors that are freed while Python shuts down would raise again, in C++.
+            sys.stdout.flush()
+            os._exit(EXIT_FAILURE)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
     except Terminated as stop:
         print(": ".join(["terminated", *stop.args]), file=sys.stderr)

@@ -17,9 +17,11 @@ from gptforge.config_file import read_toml
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import (
     NOTHING_LOST,
+    DeviceError,
     RunError,
     Terminated,
     UserError,
+    device_failure,
     explain_interruption,
     explain_os_errors,
     runs_hint,
@@ -145,6 +147,9 @@ def run_training(
             )
             comm.abort(error)
             raise error from None
+        except torch.AcceleratorError as error:
+            comm.abort(error)
+            raise DeviceError(f"{device_failure(error)}; {hint()}") from error
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, Terminated)):
                 error.args = (hint(),)  # with several ranks, `abort` prints it

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, UserError, device_failure
 from gptforge.printable import print_stderr, printable
 
 BEAT_INTERVAL = 1.0  # seconds between heartbeats
@@ -122,6 +122,8 @@ class Watchdog:
             code = 2
         elif isinstance(error, KeyboardInterrupt):
             code, text = 130, ": ".join(["interrupted", *map(str, error.args)])
+        elif isinstance(error, torch.AcceleratorError):
+            text = device_failure(error)
         elif not isinstance(error, RunError):
             text = f"{type(error).__name__}: {text}"
         code = code if isinstance(code, int) and code else EXIT_FAILURE

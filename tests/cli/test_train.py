@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptforge import distributed
 from gptforge.builders import build_trainer, memory_fit
@@ -74,6 +75,28 @@ def test_training_ends_its_threads_without_the_garbage_collector(
             assert not thread.is_alive(), thread
     finally:
         gc.enable()
+
+
+def test_a_failed_gpu_is_one_line_that_says_how_to_resume(program, play, monkeypatch) -> None:
+    step = TrainStep.__call__
+
+    def fail_at_the_fourth(self: TrainStep, *args: torch.Tensor, lr: float) -> object:
+        steps.append(lr)
+        if len(steps) == 4:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nFor debugging")
+        return step(self, *args, lr=lr)
+
+    steps: list[float] = []
+    monkeypatch.setattr(TrainStep, "__call__", fail_at_the_fourth)
+    flags = (*DEBUG, "--input", play, "--out_dir", "run", "--save_every", 2)
+    failed = program(*flags)
+    assert failed.code == 1
+    line = failed.err.splitlines()[-1]
+    assert line.startswith("error: the GPU failed: CUDA error: unspecified launch failure; ")
+    assert "the same command" in line and "For debugging" not in failed.err
+    resumed = program(*flags)
+    assert resumed.code == 0
+    assert "Resuming from step-000002" in resumed.out
 
 
 def test_a_run_writes_all_its_files(program, play) -> None:
