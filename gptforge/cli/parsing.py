@@ -28,6 +28,13 @@ C = TypeVar("C", bound=Config)
 BOOLEANS = {"true": True, "false": False}
 RENAMED_FLAGS = RENAMED_FIELDS | {"turns": "repeats"}
 """Old spelling -> flag. Aliases are accepted but not shown by `--help`."""
+FOREIGN_FLAGS = FOREIGN_FIELDS | {
+    "input": "data",
+    "max_tokens": "max_new_tokens",
+    "length": "max_new_tokens",
+    "n": "num_samples",
+}
+"""Flags of other commands and programs -> the flag to suggest, where a command has it."""
 NUMBER_ERRORS = {
     "invalid literal for int() with base 10:": "must be a whole number, not",
     "could not convert string to float:": "must be a number, not",
@@ -276,7 +283,7 @@ def _one_line(box: str, prog: str, cls: type, args: Sequence[str]) -> str:
         mistake = f"{no_value[1]} needs a value"
     elif unknown := [flag for flag in flags if _split(flag)[0] not in names]:
         name = _split(unknown[0])[0]
-        close = [FOREIGN_FIELDS.get(name), *difflib.get_close_matches(name, names, n=1)]
+        close = [FOREIGN_FLAGS.get(name), *difflib.get_close_matches(name, names, n=1)]
         hint = next((f"did you mean --{other}?" for other in close if other in names), "")
         mistakes = [f"Unrecognized options: {', '.join(unknown)}", hint, needs]
         mistake = "; ".join(filter(None, mistakes))

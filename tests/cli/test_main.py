@@ -54,6 +54,8 @@ from gptforge.errors import UserError
             "Unrecognized options: --format; gptforge export needs --to (see",
         ),
         (("sample", "r", "--prompt"), "--prompt needs a value"),
+        (("sample", "r", "--max_tokens", 9), "did you mean --max_new_tokens?"),
+        (("eval", "r", "--input", "a.txt"), "did you mean --data?"),
         (("sample", "--prmpt", "x", "r"), "Unrecognized options: --prmpt; did you mean --prompt?"),
         (("prepare", "play.txt"), "gptforge prepare needs --out (see gptforge prepare --help)"),
         (("prepare", "x", "--out", "y", "--vocab_size", 300), "is for --tokenizer bpe"),
