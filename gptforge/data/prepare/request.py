@@ -120,7 +120,8 @@ def describe_unused_flags(options: TextOptions, kinds: Collection[FileKind]) -> 
         if getattr(text_format, name) != getattr(default, name) and not readers.keys() & set(kinds)
     ]
     if not kinds:
-        unused += ["kind"] * (options.kind != "auto")
+        if options.kind != "auto":
+            unused.append("kind")
         return [f"--{name} has no effect on token shards" for name in unused]
     return [
         f"--{name} has no effect: no file is {' or '.join(_KINDS_WITH[name].values())}"
@@ -130,8 +131,9 @@ def describe_unused_flags(options: TextOptions, kinds: Collection[FileKind]) -> 
 
 def describe_unused_fraction(options: TextOptions, *, has_named: bool) -> list[str]:
     """A notice about `--val_fraction` if files are held out by their names instead."""
-    is_unused = has_named and options.val_fraction not in (0, TextOptions.val_fraction)
-    return ["--val_fraction has no effect: files are held out by their names"] * is_unused
+    if not has_named or options.val_fraction in (0, TextOptions.val_fraction):
+        return []
+    return ["--val_fraction has no effect: files are held out by their names"]
 
 
 def fingerprint(path: Path) -> str:
