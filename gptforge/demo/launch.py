@@ -44,6 +44,9 @@ def launch(
         title: of the page; empty: the name of the run folder.
         prompts: to suggest; empty: from the training text, if it is on this machine.
         allowed_hosts: names under which the page is served, besides this machine's; `*` for any.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the server has stopped.
     """
     for package in ("starlette", "uvicorn", "pydantic"):
         require_package(package, extra="demo")
@@ -94,8 +97,7 @@ def launch(
     address, bound_port = listener.getsockname()[:2]
     name = f"[{address}]" if ":" in address else host
     safe_print(f"{title}: http://{name}:{bound_port} (Ctrl-C ends it)")
-    with suppress(KeyboardInterrupt):
-        asyncio.run(server.serve(sockets=[listener]))
+    asyncio.run(server.serve(sockets=[listener]))
 
 
 def _is_encodable(model: LanguageModel, text: str) -> bool:
