@@ -98,20 +98,26 @@ def build_trainer(
             _open_store(c).check_disk_space(checkpoint_bytes(c))
         if comm.world_size == 1:
             check_fits_memory(c, device, run.precision, is_explicit="batch_size" in explicit)
+        # One for the teachers and the student: it handles signals between them, too.
+        stop_signal = StopSignal(c.time_limit, started=run.start.time)
         distillation = None
         if c.teachers:
             opened = _move_old_run(opened, lock)
             if opened.status == "new":
-                reason = _train_teachers(run, on_teacher)
+                reason = _train_teachers(run, stop_signal, on_teacher)
                 if reason != "finished":
                     return reason
             distillation = load_teachers(c, device, comm)
-        trainer = _assemble(run, opened, lock, patience=patience, distillation=distillation)
+        trainer = _assemble(
+            run, opened, lock, stop_signal, patience=patience, distillation=distillation
+        )
         on_failure.pop_all()
         return trainer
 
 
-def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> StopReason:
+def _train_teachers(
+    run: ResolvedRun, stop_signal: StopSignal, on_teacher: Callable[[Trainer], object]
+) -> StopReason:
     """Train those teachers of a student that are not finished, until one is stopped."""
     c, comm = run.config, run.comm
 
@@ -123,7 +129,7 @@ def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -
 
     for number, teacher in enumerate(teacher_configs(c, run.explicit, comm), 1):
         logger.info(f"teacher {number} of {c.teachers}: {teacher.out_dir}")
-        reason = _train_teacher(dataclasses.replace(run, config=teacher), start)
+        reason = _train_teacher(dataclasses.replace(run, config=teacher), stop_signal, start)
         if reason != "finished":
             return reason
     seed_everything(c, rank=comm.rank)  # as without teachers
@@ -132,7 +138,9 @@ def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -
     return "finished"
 
 
-def _train_teacher(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> StopReason:
+def _train_teacher(
+    run: ResolvedRun, stop_signal: StopSignal, on_teacher: Callable[[Trainer], object]
+) -> StopReason:
     """Train a teacher to its last step or until it is stopped; `run` has its configuration."""
     seed_everything(run.config, rank=run.comm.rank)
     with contextlib.ExitStack() as on_exit:
@@ -143,9 +151,8 @@ def _train_teacher(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) ->
             logger.info(f"{run.config.out_dir} is finished")
             return "finished"
         run = dataclasses.replace(run, config=opened.config)
-        trainer = _assemble(run, opened, lock, is_teacher=True)
+        trainer = _assemble(run, opened, lock, stop_signal, is_teacher=True)
         on_teacher(trainer)
-        stop_signal = trainer.stop_signal
         # A signal must not raise KeyboardInterrupt while objects are freed: it would be lost.
         with stop_signal:
             try:
@@ -161,6 +168,7 @@ def _assemble(
     run: ResolvedRun,
     opened: OpenedRun,
     lock: FolderLock | None,
+    stop_signal: StopSignal,
     *,
     patience: int = 0,
     distillation: Distillation | None = None,
@@ -234,7 +242,7 @@ def _assemble(
                 enabled=comm.is_main,
             ),
             report=report,
-            stop_signal=StopSignal(c.time_limit, started=run.start.time),
+            stop_signal=stop_signal,
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=run.precision.needs_scaler),
             patience=patience,
             text_sha256=dataset.sha256,
