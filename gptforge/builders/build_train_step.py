@@ -120,7 +120,7 @@ def _init_weights(model: GPT, config: Config, comm: Comm) -> None:
     if not config.init_from:
         model.init_weights(torch.Generator().manual_seed(config.seed))
         return
-    path, tensors = Path(), {}
+    path, tensors = Path(), StateDict()
     if comm.is_main:
         path, tensors = checkpoints.read_checkpoint(config.init_from, _read_weights)
     check_finite(tensors, f"--init_from {config.init_from}")
