@@ -97,12 +97,15 @@ def run_training(
     has_started = False
     signals = contextlib.ExitStack()
 
-    def on_start(trainer: "Trainer") -> None:
+    def train(trainer: "Trainer") -> "StopReason":
         nonlocal has_started
         has_started = True
         on_built(trainer)
+        if trainer.comm.is_main and not trainer.report.is_teacher:
+            handler.write = trainer.report.console.log  # above the progress bar
         # To the end: a signal between two runs would otherwise end a rank, and fail the others.
         signals.enter_context(trainer.stop_signal)
+        return trainer.fit()
 
     def hint() -> str:
         if has_started:  # a teacher, or the run itself
@@ -127,16 +130,13 @@ def run_training(
 
             with signals:
                 built = build_trainer(
-                    config, explicit=explicit, start=start, comm=comm, on_teacher=on_start
+                    config, explicit=explicit, start=start, comm=comm, train_teacher=train
                 )
                 if isinstance(built, str):
                     reason = built
                 else:
                     trainer = built
-                    on_start(trainer)
-                    if comm.is_main:
-                        handler.write = trainer.report.console.log  # above the progress bar
-                    reason = trainer.fit()
+                    reason = train(trainer)
                 # Until all have finished: a rank with nothing to write is done before rank 0, and
                 # a signal that ended it then would end the run as a failure.
                 comm.shutdown()
