@@ -65,7 +65,8 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
         saved = _load_finite(run)
-        _check_is_no_link(saved.path)
+        if saved.config is not None:
+            _check_is_no_link(saved.path)
         bundle = saved.bundle
         path = out if out.suffix == ".gguf" or out.is_file() else out / f"model-{dtype}.gguf"
         meter(1, 3, "writing")
@@ -150,8 +151,10 @@ def read_origin(saved: SavedModel) -> Origin | None:
         UserError: for a link in the run folder, whose target would get into the export.
     """
     path = saved.path.absolute()
+    if saved.config is None:
+        return None
     _check_is_no_link(path)
-    if saved.config is None or not is_of_run(path):
+    if not is_of_run(path):
         return None
     curves, metrics, samples = (path.parents[1] / name for name in (CURVES, METRICS, SAMPLES))
     for file in (curves, metrics, samples):

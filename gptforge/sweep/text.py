@@ -1,8 +1,6 @@
 """The text of a sweep: the training split as tokens, which trials split a second time."""
 
 import hashlib
-import itertools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ from gptforge.tokenizers.base import smallest_dtype
 
 CHUNK_TOKENS = 2**24
 """Tokens read at a time."""
-Span = tuple[int, int]
-"""Tokens from a position to another one."""
+Spans = NDArray[np.int64]
+"""(n, 2): the positions of the first token and after the last one."""
 
 
 def prepare_text(folder: Path, dataset: Dataset) -> tuple[str, dict[str, str]]:
@@ -43,7 +41,7 @@ def prepare_text(folder: Path, dataset: Dataset) -> tuple[str, dict[str, str]]:
         dtype: Any = np.dtype(smallest_dtype(dataset.tokenizer.vocab_size))
         spans = _split_documents(dataset)
         if not spans:
-            _write(undivided, dataset.train, [(0, len(dataset.train))], dtype)
+            _write(undivided, dataset.train, np.array([(0, len(dataset.train))]), dtype)
         for split in spans:
             divided[split].parent.mkdir(exist_ok=True)
             _write(divided[split], dataset.train, spans[split], dtype)
@@ -56,7 +54,7 @@ def prepare_text(folder: Path, dataset: Dataset) -> tuple[str, dict[str, str]]:
     }
 
 
-def _split_documents(dataset: Dataset) -> dict[SplitName, list[Span]]:
+def _split_documents(dataset: Dataset) -> dict[SplitName, Spans]:
     """The documents of each side of the second split, by the rule of the first one.
 
     Empty if no document is repeated, or the tokens do not say where documents begin.
@@ -64,36 +62,35 @@ def _split_documents(dataset: Dataset) -> dict[SplitName, list[Span]]:
     tokens, eot = dataset.train, dataset.tokenizer.eot_token
     if eot is None or not dataset.tokenizer.prepends_eot:
         return {}
-    spans = [span for span in _documents(tokens, eot) if span[1] - span[0] > 1]
-    digests = np.array([_digest(tokens, span, eot) for span in spans], np.uint64)
-    if len(np.unique(digests)) == len(spans):
+    spans = _find_documents(tokens, eot)
+    digests = np.fromiter((_digest(tokens, start, stop, eot) for start, stop in spans), np.uint64)
+    if len(np.unique(digests)) == len(digests):
         return {}
+    first = zip(spans[:MIN_HASH_DOCUMENTS], digests[:MIN_HASH_DOCUMENTS], strict=True)
     stats = [
-        DocumentStats((0, i), stop - start, int(digest))
-        for i, ((start, stop), digest) in enumerate(zip(spans, digests, strict=True))
-        if i < MIN_HASH_DOCUMENTS
+        DocumentStats((0, i), int(stop - start), int(digest))
+        for i, ((start, stop), digest) in enumerate(first)
     ]
     rule = make_split_rule(stats, dataset.val_fraction)
-    found: dict[SplitName, list[Span]] = {split: [] for split in SPLITS}
-    for i, (span, digest) in enumerate(zip(spans, digests, strict=True)):
-        found[rule.assign((0, i), int(digest))].append(span)
-    return found
+    splits = (rule.assign((0, i), int(digest)) for i, digest in enumerate(digests))
+    is_val = np.fromiter((split == "val" for split in splits), np.bool_)
+    return {"train": spans[~is_val], "val": spans[is_val]}
 
 
-def _documents(tokens: TokenDataset, eot: int) -> Iterable[Span]:
-    """Where documents are; all but perhaps the first begin with the end-of-text token."""
+def _find_documents(tokens: TokenDataset, eot: int) -> Spans:
+    """The documents that are not empty; all but perhaps the first begin with `eot`."""
     starts: list[NDArray[np.int64]] = [
         start + np.flatnonzero(tokens[start : start + CHUNK_TOKENS] == eot)
         for start in range(0, len(tokens), CHUNK_TOKENS)
     ]
     bounds = np.unique(np.concatenate([[0], *starts, [len(tokens)]]))
-    return itertools.pairwise(map(int, bounds))
+    spans = np.stack([bounds[:-1], bounds[1:]], 1)
+    return spans[np.diff(bounds) > 1]
 
 
-def _digest(tokens: TokenDataset, span: Span, eot: int) -> int:
+def _digest(tokens: TokenDataset, start: int, stop: int, eot: int) -> int:
     """64 bits of a hash of a document, without the token before it."""
     sha256 = hashlib.sha256()
-    start, stop = span
     if int(tokens[start : start + 1][0]) == eot:
         start += 1
     for begin in range(start, stop, CHUNK_TOKENS):
@@ -102,7 +99,7 @@ def _digest(tokens: TokenDataset, span: Span, eot: int) -> int:
     return int.from_bytes(sha256.digest()[:8], "big")
 
 
-def _write(path: Path, tokens: TokenDataset, spans: Iterable[Span], dtype: np.dtype[Any]) -> None:
+def _write(path: Path, tokens: TokenDataset, spans: Spans, dtype: np.dtype[Any]) -> None:
     writer = ShardWriter(path, dtype)
     try:
         for start, stop in spans:
