@@ -103,8 +103,10 @@ def run_training(
         on_built(trainer)
         if trainer.comm.is_main and not trainer.report.is_teacher:
             handler.write = trainer.report.console.log  # above the progress bar
-        # To the end: a signal between two runs would otherwise end a rank, and fail the others.
-        signals.enter_context(trainer.stop_signal)
+        if trainer.comm.world_size > 1:
+            # To the end: between two runs, a signal would end a rank, and so fail the others. One
+            # process is interrupted there at once.
+            signals.enter_context(trainer.stop_signal)
         return trainer.fit()
 
     def hint() -> str:
