@@ -107,18 +107,29 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 @contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
     """Yield a temporary file beside `path` that is renamed over it if the block succeeds."""
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        with add_filename_to_errors(path):
-            # Never write through a link that was planted there.
-            remove(temporary)
-            temporary.touch(exist_ok=False)
+    with add_filename_to_errors(path):
+        temporary = create_partial(path)
+        try:
             yield temporary
-            fsync(temporary)
-            temporary.replace(path)
-            fsync_dir(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+            commit_partial(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def create_partial(path: Path) -> Path:
+    """Create an empty temporary file beside `path`, for `commit_partial`."""
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    # Never write through a link that was planted there.
+    remove(temporary)
+    temporary.touch(exist_ok=False)
+    return temporary
+
+
+def commit_partial(temporary: Path, path: Path) -> None:
+    """Sync a temporary file and rename it over `path`."""
+    fsync(temporary)
+    temporary.replace(path)
+    fsync_dir(path.parent)
 
 
 @contextmanager

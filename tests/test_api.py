@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,8 @@ def test_a_dataset_of_the_hub_is_a_text() -> None:
         ({"min_lr": 1.0, "max_lr": 0.1}, "^min_lr 1.0 is more than max_lr 0.1"),
         ({"resume": "run"}, "no field 'resume': the same call resumes a run"),
         ({"max_stps": 3}, "there is no field 'max_stps'; did you mean 'max_steps'"),
+        ({"max_lr": 10**5000}, "max_lr must be below 2"),
+        ({"min_lr": Fraction(1, 3)}, r"min_lr takes a number, not Fraction\(1, 3\)"),
         ({"learning_rate": 3}, "there is no field 'learning_rate'; did you mean 'max_lr'"),
         ({"overwrite": True}, "there is no field 'overwrite'; did you mean 'restart'"),
         ({"max_steps": "3"}, "max_steps takes a whole number, not '3'"),

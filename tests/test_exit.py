@@ -145,6 +145,48 @@ def test_signal_makes_any_command_clean_up(name, code, message) -> None:
     assert (process.returncode, out, err) == (code, "cleaned up\n", f"{message}\n")
 
 
+IMPORTING_COMMAND = """
+import os, sys, time
+from gptforge import cli
+def load(args):
+    try:
+        import careless
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+cli.COMMANDS["plan"] = (load, object, "")
+sys.exit(cli.main(["plan"]))
+"""
+CARELESS_MODULE = """
+import os, signal, time
+try:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.2)
+except BaseException:
+    pass  # NumPy loses an exception in its import, too
+print("imported", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    ("name", "code", "message"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+)
+def test_signal_in_the_middle_of_an_import_is_obeyed_after_it(
+    tmp_path, name, code, message
+) -> None:
+    (tmp_path / "careless.py").write_text(CARELESS_MODULE.format(name=name))
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING_COMMAND], cwd=ROOT, text=True,
+        capture_output=True, check=False,
+        env=environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (
+        code, "imported\ncleaned up\n", f"{message}\n"
+    )  # fmt: skip
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("pair", [("SIGTERM", "SIGHUP"), ("SIGHUP", "SIGTERM"), ("SIGHUP",) * 2])
 def test_sighup_beside_sigterm_does_not_cut_the_cleanup_short(pair) -> None:

@@ -140,7 +140,8 @@ def _plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out None, and convert paths and NumPy's numbers."""
     values = {}
     for name, value in fields.items():
-        if isinstance(value, os.PathLike) or str(value).startswith("~/"):
+        is_home = isinstance(value, str) and value.startswith("~/")
+        if isinstance(value, os.PathLike) or is_home:
             values[name] = Path(value).expanduser().as_posix()
         elif value is not None:
             values[name] = value.item() if getattr(value, "ndim", 1) == 0 else value

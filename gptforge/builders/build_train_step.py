@@ -9,7 +9,7 @@ import torch
 
 from gptforge.builders import memory_fit
 from gptforge.checkpoint import format as checkpoints
-from gptforge.checkpoint.state_dict import load_model_state_dict
+from gptforge.checkpoint.state_dict import StateDict, load_model_state_dict
 from gptforge.config import Config
 from gptforge.convert.bundle import check_finite
 from gptforge.device import Precision, keep_freed_memory
@@ -120,10 +120,15 @@ def _init_weights(model: GPT, config: Config, comm: Comm) -> None:
     if not config.init_from:
         model.init_weights(torch.Generator().manual_seed(config.seed))
         return
-    path = checkpoints.resolve_checkpoint(config.init_from) if comm.is_main else Path()
-    tensors = checkpoints.read_tensors(path, checkpoints.MODEL) if comm.is_main else {}
+    path, tensors = Path(), StateDict()
+    if comm.is_main:
+        path, tensors = checkpoints.read_checkpoint(config.init_from, _read_weights)
     check_finite(tensors, f"--init_from {config.init_from}")
     load_model_state_dict(model, tensors, source=path.as_posix(), comm=comm)
+
+
+def _read_weights(path: Path) -> tuple[Path, StateDict]:
+    return path, checkpoints.read_tensors(path, checkpoints.MODEL)
 
 
 def _try_manual_backward(step: TrainStep, config: Config) -> str:

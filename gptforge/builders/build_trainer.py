@@ -41,6 +41,9 @@ from gptforge.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+TrainFn = Callable[[Trainer], StopReason]
+"""Trains to the last step, or until training is stopped."""
+
 
 def build_trainer(
     config: Config,
@@ -48,17 +51,17 @@ def build_trainer(
     explicit: Collection[str],
     start: Start | None = None,
     comm: Comm = SINGLE_PROCESS,
-    on_teacher: Callable[[Trainer], object] = lambda trainer: None,
+    train_teacher: TrainFn = lambda trainer: trainer.fit(),
 ) -> Trainer | StopReason:
     """Build all parts of a run, unless there is nothing to train.
 
-    All ranks build, and rank 0 alone opens the run folder. The teachers of a new run are trained
+    All ranks build, and rank 0 alone opens the run folder. The teachers of a new run are built
     before, in runs of their own.
 
     Args:
         config: as merged from preset, file and flags; `explicit` are the fields that the user set.
         start: how the run was started; by default from Python, now.
-        on_teacher: called with the trainer of each teacher before it trains.
+        train_teacher: trains the teacher that it is called with.
 
     Returns:
         The trainer; else "finished" if the run in the run folder is, or why a teacher was stopped,
@@ -98,32 +101,37 @@ def build_trainer(
             _open_store(c).check_disk_space(checkpoint_bytes(c))
         if comm.world_size == 1:
             check_fits_memory(c, device, run.precision, is_explicit="batch_size" in explicit)
+        # One for the teachers and the student: it handles signals between them, too.
+        stop_signal = StopSignal(c.time_limit, started=run.start.time)
         distillation = None
         if c.teachers:
             opened = _move_old_run(opened, lock)
             if opened.status == "new":
-                reason = _train_teachers(run, on_teacher)
+                reason = _build_teachers(run, stop_signal, train_teacher)
                 if reason != "finished":
                     return reason
             distillation = load_teachers(c, device, comm)
-        trainer = _assemble(run, opened, lock, patience=patience, distillation=distillation)
+        trainer = _assemble(
+            run, opened, lock, stop_signal, patience=patience, distillation=distillation
+        )
         on_failure.pop_all()
         return trainer
 
 
-def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> StopReason:
-    """Train those teachers of a student that are not finished, until one is stopped."""
+def _build_teachers(run: ResolvedRun, stop_signal: StopSignal, train: TrainFn) -> StopReason:
+    """Build and train those teachers of a student that are not finished, until one is stopped."""
     c, comm = run.config, run.comm
 
-    def start(trainer: Trainer) -> None:
+    def save_config_and_train(trainer: Trainer) -> StopReason:
         # A run that is stopped in a teacher resumes with these values, which no teacher refused.
         if comm.is_main:
             files.atomic_write(Path(c.out_dir) / CONFIG, config_toml(run))
-        on_teacher(trainer)
+        return train(trainer)
 
     for number, teacher in enumerate(teacher_configs(c, run.explicit, comm), 1):
         logger.info(f"teacher {number} of {c.teachers}: {teacher.out_dir}")
-        reason = _train_teacher(dataclasses.replace(run, config=teacher), start)
+        teacher_run = dataclasses.replace(run, config=teacher)
+        reason = _build_teacher(teacher_run, stop_signal, save_config_and_train)
         if reason != "finished":
             return reason
     seed_everything(c, rank=comm.rank)  # as without teachers
@@ -132,8 +140,8 @@ def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -
     return "finished"
 
 
-def _train_teacher(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> StopReason:
-    """Train a teacher to its last step or until it is stopped; `run` has its configuration."""
+def _build_teacher(run: ResolvedRun, stop_signal: StopSignal, train: TrainFn) -> StopReason:
+    """Build a teacher, unless it is finished, and train it; `run` has its configuration."""
     seed_everything(run.config, rank=run.comm.rank)
     with contextlib.ExitStack() as on_exit:
         opened, lock = open_run_dir(run, on_exit, requested=run.config)
@@ -143,13 +151,11 @@ def _train_teacher(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) ->
             logger.info(f"{run.config.out_dir} is finished")
             return "finished"
         run = dataclasses.replace(run, config=opened.config)
-        trainer = _assemble(run, opened, lock, is_teacher=True)
-        on_teacher(trainer)
-        stop_signal = trainer.stop_signal
+        trainer = _assemble(run, opened, lock, stop_signal, is_teacher=True)
         # A signal must not raise KeyboardInterrupt while objects are freed: it would be lost.
         with stop_signal:
             try:
-                reason = trainer.fit()
+                reason = train(trainer)
             finally:
                 trainer.close()
             del trainer
@@ -161,6 +167,7 @@ def _assemble(
     run: ResolvedRun,
     opened: OpenedRun,
     lock: FolderLock | None,
+    stop_signal: StopSignal,
     *,
     patience: int = 0,
     distillation: Distillation | None = None,
@@ -234,7 +241,7 @@ def _assemble(
                 enabled=comm.is_main,
             ),
             report=report,
-            stop_signal=StopSignal(c.time_limit, started=run.start.time),
+            stop_signal=stop_signal,
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=run.precision.needs_scaler),
             patience=patience,
             text_sha256=dataset.sha256,

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gptforge import __version__, files
-from gptforge.builders.load_model import load_bundle
+from gptforge.builders.load_model import SavedModel, load_bundle, load_saved
 from gptforge.builders.prompts import suggest_prompts
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.out_dir import CURVES, METRICS, SAMPLES
@@ -17,7 +17,7 @@ from gptforge.config_checks import validate
 from gptforge.config_file import to_toml
 from gptforge.convert.bundle import ModelBundle, check_finite, unused_row_probability
 from gptforge.convert.gguf import check_gguf, gelu_tanh_difference, write_gguf
-from gptforge.convert.hf import check_hf, is_hf_dir, write_hf
+from gptforge.convert.hf import check_hf, write_hf
 from gptforge.convert.model_card import Origin, copy_run_file, model_card, one_line_description
 from gptforge.convert.space import write_space
 from gptforge.errors import RunError, UserError, explain_os_error, require_package
@@ -39,7 +39,8 @@ def export_hf(run: str, out: Path) -> None:
     require_package("transformers", extra="hf")
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
-        bundle, origin = _load_finite(run), read_origin(run)
+        saved = _load_finite(run)
+        bundle, origin = saved.bundle, read_origin(saved)
         card = model_card(bundle, origin, title=model_title(run))
         meter(1, 3, "writing")
         with report_write_errors(out), atomic_create_dir(out) as folder:
@@ -63,12 +64,14 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
     require_package("gguf", extra="gguf")
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
-        bundle = _load_finite(run)
-        config = None if is_hf_dir(Path(run)) else checkpoints.read_config(_checkpoint_of(run))
+        saved = _load_finite(run)
+        if saved.config is not None:
+            _check_is_no_link(saved.path)
+        bundle = saved.bundle
         path = out if out.suffix == ".gguf" or out.is_file() else out / f"model-{dtype}.gguf"
         meter(1, 3, "writing")
         with report_write_errors(path), atomic_create(path, is_new=True) as temp_path:
-            name, description = model_title(run), one_line_description(bundle, config)
+            name, description = model_title(run), one_line_description(bundle, saved.config)
             write_gguf(temp_path, bundle, outtype=dtype, name=name, description=description)
             meter(2, 3, "comparing logits")
             difference = check_gguf(temp_path, bundle, outtype=dtype)
@@ -83,10 +86,10 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
     _log_eos_row(bundle)
 
 
-def _load_finite(run: str) -> ModelBundle:
-    bundle = load_bundle(run)
-    check_finite(bundle.state_dict, run)
-    return bundle
+def _load_finite(run: str) -> SavedModel:
+    saved = load_saved(run)
+    check_finite(saved.bundle.state_dict, run)
+    return saved
 
 
 def _log_eos_row(bundle: ModelBundle) -> None:
@@ -111,7 +114,8 @@ def export_space(run: str, out: Path) -> None:
     """Write a complete Hugging Face Space: the web page, this program and the model."""
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
-        bundle, origin = _load_finite(run), read_origin(run)
+        saved = _load_finite(run)
+        bundle, origin = saved.bundle, read_origin(saved)
         run_config = origin.config if origin else None
         config = to_toml(run_config, VERSION) if run_config else bundle_toml(bundle)
         meter(1, 3, "writing")
@@ -140,17 +144,17 @@ def bundle_toml(bundle: ModelBundle, *, source: str = "") -> str:
     return to_toml(config, {**VERSION, "command": "import", "source": source})
 
 
-def read_origin(run: str) -> Origin | None:
+def read_origin(saved: SavedModel) -> Origin | None:
     """Read what the run folder says about a checkpoint; None for a model without a run.
 
     Raises:
         UserError: for a link in the run folder, whose target would get into the export.
     """
-    if is_hf_dir(Path(run)):
+    path = saved.path.absolute()
+    if saved.config is None:
         return None
-    path = _checkpoint_of(run)
-    step = path.name.removeprefix("step-").partition(".")[0]
-    if path.parent.name != "checkpoints" or not step.isdecimal():
+    _check_is_no_link(path)
+    if not is_of_run(path):
         return None
     curves, metrics, samples = (path.parents[1] / name for name in (CURVES, METRICS, SAMPLES))
     for file in (curves, metrics, samples):
@@ -166,25 +170,27 @@ def read_origin(run: str) -> Origin | None:
         # Evaluations of its step are of another checkpoint: its own steps were dropped.
         history.evals = [history.dropped_best] if history.dropped_best else []
     return Origin(
-        config=checkpoints.read_config(path),
-        step=int(step),
+        config=saved.config,
+        step=checkpoints.step_from_path(path),
         history=history,
         curves=curves if curves.is_file() else None,
     )
 
 
-def _checkpoint_of(run: str) -> Path:
-    """The checkpoint folder to export; a UserError if the run has only a link to it."""
-    path = checkpoints.resolve_checkpoint(run).absolute()
-    if path.is_symlink():
-        # `best` or `last`, given by the user.
-        path = path.resolve()
+def is_of_run(path: Path) -> bool:
+    """Whether a checkpoint is in the folder of a run."""
+    is_named_by_step = checkpoints.LINK_TARGET.fullmatch(path.name) is not None
+    return is_named_by_step and path.absolute().parent.name == "checkpoints"
+
+
+def _check_is_no_link(path: Path) -> None:
+    """Raise a UserError if a run has only a link to its checkpoints."""
+    path = path.absolute()
     if path.parent.name == "checkpoints" and path.parent.is_symlink():
         raise UserError(
             f"{path.parent.as_posix()} is a link, and may lead to another run: name the "
             f"checkpoint that you want, {path.resolve().as_posix()}"
         )
-    return path
 
 
 def model_title(run: str) -> str:

@@ -1,11 +1,15 @@
 """Load the model of a run, a checkpoint or an exported folder, for inference."""
 
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gptforge.checkpoint import format as checkpoints
-from gptforge.config import GPTConfig
+from gptforge.config import Config, GPTConfig
 from gptforge.convert.bundle import ModelBundle, validate_state_dict
 from gptforge.convert.hf import is_hf_dir, read_hf
 from gptforge.convert.hub import OPENAI_MODELS
@@ -17,6 +21,17 @@ from gptforge.inference.language_model import LanguageModel
 MAX_FLOAT32_PARAMS = 30_000_000
 """Up to this size a CPU generates faster in float32: the weights fit into its caches anyway."""
 MAX_SINGLE_THREAD_PARAMS = 4_000_000  # up to this size one thread generates as fast as two
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model, and what was saved with it. All of it is of one checkpoint, also of a run that
+    trains on: nothing is read from that checkpoint later."""
+
+    bundle: ModelBundle
+    path: Path  # the checkpoint; the folder of an exported model
+    config: Config | None  # None for an exported model
+    state: Mapping[str, Any]  # of training, if it was asked for; empty without a run
 
 
 @explain_os_errors()
@@ -34,7 +49,13 @@ def load(
     Raises:
         UserError: if there is no checkpoint, or it is damaged.
     """
-    bundle = load_bundle(run)
+    return language_model(load_bundle(run), device=device, dtype=dtype)
+
+
+def language_model(
+    bundle: ModelBundle, *, device: str | torch.device = "auto", dtype: str = "auto"
+) -> LanguageModel:
+    """A model on a device, for inference; see `load`."""
     torch_device, _ = select_device(str(device))
     return LanguageModel(
         bundle.build_model().to(torch_device),
@@ -55,7 +76,12 @@ def limit_threads(model: LanguageModel) -> None:
 
 
 def load_bundle(run: str | Path) -> ModelBundle:
-    """Load shape, weights and tokenizer of a run, a checkpoint or an exported model.
+    """Load shape, weights and tokenizer; see `load_saved`."""
+    return load_saved(run).bundle
+
+
+def load_saved(run: str | Path, *, with_state: bool = False) -> SavedModel:
+    """Load a model from a run, a checkpoint or an exported folder, perhaps with its training state.
 
     Raises:
         UserError: if there is none, or it is damaged.
@@ -64,25 +90,21 @@ def load_bundle(run: str | Path) -> ModelBundle:
         raise UserError(f"{run!r} is not a run: give a run folder or a checkpoint folder")
     path = Path(run).expanduser()
     if is_hf_dir(path):
-        return read_hf(path)
+        return SavedModel(read_hf(path), path, None, {})
     if not path.exists() and str(path).removeprefix("openai-community/") in OPENAI_MODELS:
         raise UserError(
             f"{path} does not exist here: download it once with gptforge import {path} "
             f"runs/{path.name}, and give runs/{path.name}"
         )
-    tried: set[Path] = set()
-    while True:
-        checkpoint = checkpoints.resolve_checkpoint(str(path))
-        try:
-            return _load_checkpoint(checkpoint)
-        except (UserError, OSError):
-            # A training in progress may have deleted it; then there is a newer one.
-            if checkpoint.is_dir() or checkpoint in tried:
-                raise
-            tried.add(checkpoint)
+    load_checkpoint = functools.partial(_load_checkpoint, with_state=with_state)
+    return checkpoints.read_checkpoint(str(path), load_checkpoint)
 
 
-def _load_checkpoint(path: Path) -> ModelBundle:
+def _load_checkpoint(path: Path, *, with_state: bool) -> SavedModel:
+    state: dict[str, Any] = {}
+    # First: a checkpoint that is deleted meanwhile must not seem to have no state.
+    if with_state and (path / checkpoints.STATE).exists():
+        state = checkpoints.read_state(path)
     if reason := checkpoints.find_corruption(path, checkpoints.INFERENCE_FILES):
         intact = (
             other.as_posix()
@@ -98,7 +120,7 @@ def _load_checkpoint(path: Path) -> ModelBundle:
         raise UserError(f"{path.as_posix()}: the tokenizer has more ids than the embedding")
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
     state_dict = validate_state_dict(tensors, config.model, source=path.as_posix())
-    return ModelBundle(config.model, state_dict, tokenizer)
+    return SavedModel(ModelBundle(config.model, state_dict, tokenizer), path, config, state)
 
 
 def inference_dtype(flag: str, device: torch.device, config: GPTConfig) -> torch.dtype:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from gptforge.builders.load_model import load
+from gptforge.builders.load_model import SavedModel, language_model, load_saved
 from gptforge.checkpoint import format as checkpoints
 from gptforge.config import Config
-from gptforge.convert.hf import is_hf_dir
 from gptforge.convert.hf_tokenizer import NATIVE_TOKENIZER
 from gptforge.data.dataset import BUNDLED_INPUT, DatasetOptions, open_dataset, resolve_input
 from gptforge.data.prepare.text_io import TextFormat
@@ -62,8 +61,8 @@ def evaluate_run(
     Raises:
         UserError: if there is no model or no such text, or the run held nothing out.
     """
-    model = load(run, device=device)
-    config, tokenizer_path, state = _read_run(str(run), block_size=model.model.config.block_size)
+    saved = load_saved(run, with_state=True)
+    model, config = language_model(saved.bundle, device=device), _config(saved)
     options = data_options
     if not data:
         options = DatasetOptions(
@@ -77,12 +76,12 @@ def evaluate_run(
         options,
         tokenizer=model.tokenizer,
         require_tokenizer=True,
-        model_tokenizer=tokenizer_path.as_posix(),
+        model_tokenizer=_tokenizer_path(saved).as_posix(),
     )
     if data:
-        tokens = _open_data(str(run), data, options, config.val_fraction, state)
+        tokens = _open_data(str(run), data, options, config.val_fraction, saved.state)
     else:
-        tokens = _open_val_split(str(run), options, config, state)
+        tokens = _open_val_split(str(run), options, config, saved.state)
     if len(tokens) < 2:
         raise UserError(f"{data or config.input}: an evaluation needs at least 2 tokens")
     evaluator = ValEvaluator(
@@ -102,20 +101,18 @@ def evaluate_run(
         torch.set_float32_matmul_precision(matmul_precision)
 
 
-def _read_run(run: str, *, block_size: int) -> tuple[Config, Path, dict[str, Any]]:
-    """Configuration, tokenizer file, and training state; no state for a model without a run."""
-    if is_hf_dir(Path(run)):
-        native = Path(run) / NATIVE_TOKENIZER
-        path = native if native.is_file() else Path(run) / checkpoints.TOKENIZER
-        return Config(context_length=block_size), path, {}
-    checkpoint = checkpoints.resolve_checkpoint(run)
-    is_of_run = (checkpoint / checkpoints.STATE).exists()
-    state = checkpoints.read_state(checkpoint) if is_of_run else {}
-    return checkpoints.read_config(checkpoint), checkpoint / checkpoints.TOKENIZER, state
+def _config(saved: SavedModel) -> Config:
+    """The configuration; an exported model is evaluated with its full context."""
+    return saved.config or Config(context_length=saved.bundle.config.block_size)
+
+
+def _tokenizer_path(saved: SavedModel) -> Path:
+    native = saved.path / NATIVE_TOKENIZER
+    return native if native.is_file() else saved.path / checkpoints.TOKENIZER
 
 
 def _open_data(
-    run: str, data: str, options: DatasetOptions, val_fraction: float, state: dict[str, Any]
+    run: str, data: str, options: DatasetOptions, val_fraction: float, state: Mapping[str, Any]
 ) -> TokenDataset:
     """Open `--data`; warn if the model was trained on it, and say which split is used."""
     with ProgressMeter("preparing the text") as meter:
@@ -133,7 +130,7 @@ def _open_data(
 
 
 def _open_val_split(
-    run: str, options: DatasetOptions, config: Config, state: dict[str, Any]
+    run: str, options: DatasetOptions, config: Config, state: Mapping[str, Any]
 ) -> TokenDataset:
     if not state:
         raise UserError(
@@ -193,9 +190,9 @@ def evaluate_tasks(
         raise UserError(f"--include_path {include_path}: no such folder")
     manager = load_task_manager(harness_names, include_path) if harness_names else None
     examples = {n: _load_examples(n, file, limit) for n, _, file in parsed if n in TASKS}
-    model = load(run, device=device)
-    config, _, _ = _read_run(run, block_size=model.model.config.block_size)
-    precision = select_eval_precision(config.dtype, model.device)
+    saved = load_saved(run)
+    model = language_model(saved.bundle, device=device)
+    precision = select_eval_precision(_config(saved).dtype, model.device)
     scores: Scores = {}
     for name, questions in examples.items():
         with ProgressMeter(name) as meter:

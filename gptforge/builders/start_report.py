@@ -55,6 +55,7 @@ def start_report(
     files.atomic_write(report.run_dir / checkpoints.CONFIG, config_toml(run))
     facts = {
         "command": run.start.command,
+        "max_steps": config.max_steps,
         "parameters": num_params(config.model),
         "device": str(step_fn.device),
         "dtype": step_fn.precision.name,

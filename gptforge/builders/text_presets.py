@@ -19,7 +19,7 @@ from gptforge.errors import UserError
 from gptforge.presets import AUTO, FINETUNE
 from gptforge.printable import pluralize
 from gptforge.recipe import FITTED_PRESETS, RECIPE_FIELDS, Recipe, make_recipe
-from gptforge.report.format import format_count, format_epochs
+from gptforge.report.format import format_bytes, format_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def resolve_auto(
         explicit=fixed_values,
     )
     logger.info(
-        f"{config.preset}: about {format_count(size.num_bytes)}B of text to train on, "
+        f"{config.preset}: about {format_bytes(size.num_bytes)} of text to train on, "
         f"{device_class.upper()}"
     )
     for line in explain_recipe(recipe, fixed_values, explicit, time_limit=time_limit):

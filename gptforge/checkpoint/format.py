@@ -6,10 +6,10 @@ matches its manifest.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load_file
 
@@ -41,6 +41,8 @@ MAX_EXTRA_BYTES = 2**27
 
 NAME = re.compile(r"step-(\d{6,})")
 LINK_TARGET = re.compile(rf"{NAME.pattern}(\.(diverged|decayed)-\d+)?")
+
+T = TypeVar("T")
 
 
 def step_from_path(path: Path) -> int:
@@ -156,11 +158,11 @@ def find_corruption(path: Path, names: Iterable[str] = CHECKPOINT_FILES) -> str 
 def resolve_checkpoint(run: str) -> Path:
     """The checkpoint that RUN names: itself, or a run's best one, else its last, or a UserError."""
     path = Path(run)
-    if path.is_file() and path.name in ("best", "last"):
-        # Links are files where the file system has none.
+    if path.name in ("best", "last"):
         path = read_link(path) or path
     if (path / MANIFEST).is_file():
-        return path
+        # Not a link: while the run trains it may point elsewhere a moment later.
+        return files.real_path(path) if path.is_symlink() else path
     is_checkpoints = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
     folder = path if is_checkpoints else path / "checkpoints"
     latest = list_checkpoints(folder)[-1:]
@@ -183,6 +185,23 @@ def resolve_checkpoint(run: str) -> Path:
     if problem == "does not exist":
         hint += f"; {runs_hint()}"
     raise UserError(f"{run} {problem}: {hint}")
+
+
+def read_checkpoint(run: str, read: Callable[[Path], T]) -> T:
+    """What `read` returns for the checkpoint that RUN names, which is resolved once.
+
+    A run that trains on may delete that checkpoint meanwhile; then there is a newer one, which is
+    read instead.
+    """
+    tried: set[Path] = set()
+    while True:
+        path = resolve_checkpoint(run)
+        try:
+            return read(path)
+        except (UserError, OSError):
+            if path.is_dir() or path in tried:
+                raise
+            tried.add(path)
 
 
 def read_tensors(path: Path, name: str) -> StateDict:

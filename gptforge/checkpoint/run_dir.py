@@ -158,8 +158,9 @@ def _dropout_change(old: Config, config: Config, *, step: int) -> str:
     if not old.dropout_ramp:
         return ""
     dropout, new_dropout = ramped_dropout(old, step), ramped_dropout(config, step)
-    change = f"; by --dropout_ramp, dropout falls from {dropout:.2g} to {new_dropout:.2g} there"
-    return change * (new_dropout < dropout)
+    if new_dropout >= dropout:
+        return ""
+    return f"; by --dropout_ramp, dropout falls from {dropout:.2g} to {new_dropout:.2g} there"
 
 
 def resume_config(

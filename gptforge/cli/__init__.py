@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from gptforge import files
@@ -41,6 +42,8 @@ from gptforge.printable import print_stderr, printable
 from gptforge.shell import program_name, quote
 
 EXIT_USER_ERROR, EXIT_FAILURE = 2, 1
+IMPORTLIB = "<frozen importlib._bootstrap>"  # the file of an import's frames, by their code
+IMPORT_POLL_SECONDS = 0.05
 GOMP_SPINCOUNT = "20000"  # how often an OpenMP thread that waits for others polls before it sleeps
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], type, str]] = {
@@ -137,27 +140,59 @@ def _set_up_streams() -> None:
 def _raise_on_signals(*, is_program: bool) -> Iterator[None]:
     """Raise `Terminated` on SIGTERM and SIGHUP instead of ending the process at once.
 
-    Not under torchrun: a rank may be blocked in a collective, where Python handles no signals.
+    Not under torchrun: a rank may be blocked in a collective, where Python handles no signals. An
+    import is completed first, also for the KeyboardInterrupt of SIGINT: in the middle of theirs,
+    NumPy loses an exception, and torch may abort the process.
 
     Args:
         is_program: whether the process ends after the body; any later Ctrl-C then ends it at once.
     """
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = []
-    if is_main_thread and "LOCAL_RANK" not in os.environ:
-        existing = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
-        numbers = [n for n in existing if n and signal.getsignal(n) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, _raise_terminated)
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            handlers[signal.SIGINT] = signal.default_int_handler
+        if "LOCAL_RANK" not in os.environ:
+            existing = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+            numbers = [n for n in existing if n and signal.getsignal(n) is signal.SIG_DFL]
+            handlers |= dict.fromkeys(numbers, _raise_terminated)
+    waiting: set[int] = set()
+    has_ended = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not _is_importing(frame):
+            handlers[number](number, frame)
+        elif number not in waiting:
+            waiting.add(number)
+            threading.Thread(target=send_after_import, args=(number,), daemon=True).start()
+
+    def send_after_import(number: int) -> None:
+        main_thread = threading.main_thread().ident or 0
+        while _is_importing(sys._current_frames().get(main_thread)):
+            if has_ended.wait(IMPORT_POLL_SECONDS):
+                return
+        waiting.discard(number)
+        signal.raise_signal(number)
+
+    for number in handlers:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        # Python's own handler would print a traceback while the interpreter shuts down.
-        is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if is_program and is_main_thread and is_default:
-            numbers.append(signal.SIGINT)
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        has_ended.set()
+        for number, handler in handlers.items():
+            is_interrupt = handler is signal.default_int_handler
+            # Python's own handler would print a traceback while the interpreter shuts down.
+            keeps_handler = is_interrupt and not is_program
+            signal.signal(number, handler if keeps_handler else signal.SIG_DFL)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a frame of the running command is in the middle of an import."""
+    while frame is not None and frame.f_code is not _run_command.__code__:
+        if frame.f_code.co_filename == IMPORTLIB:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _raise_terminated(number: int, frame: object) -> NoReturn:

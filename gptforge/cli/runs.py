@@ -50,7 +50,7 @@ class CompareArgs:
     """Compare training runs: their curves, where their configurations differ, and which is better.
 
     Runs that differ by the seed alone are grouped; a difference counts as real only if it is large
-    against the spread of seeds."""
+    against the spread of seeds. A run whose --max_steps was raised followed another schedule."""
 
     runs: Annotated[
         tyro.conf.Positional[tuple[str, ...]],

@@ -97,11 +97,19 @@ def run_training(
         Why training ended, the run folder, and the ranks, which have left each other.
     """
     has_started = False
+    signals = contextlib.ExitStack()
 
-    def on_start(trainer: "Trainer") -> None:
+    def train(trainer: "Trainer") -> "StopReason":
         nonlocal has_started
         has_started = True
         on_built(trainer)
+        if trainer.comm.is_main and not trainer.report.is_teacher:
+            handler.write = trainer.report.console.log  # above the progress bar
+        if trainer.comm.world_size > 1:
+            # To the end: between two runs, a signal would end a rank, and so fail the others. One
+            # process is interrupted there at once.
+            signals.enter_context(trainer.stop_signal)
+        return trainer.fit()
 
     def hint() -> str:
         if has_started:  # a teacher, or the run itself
@@ -124,22 +132,18 @@ def run_training(
             from gptforge.builders.build_trainer import build_trainer
             from gptforge.builders.resolve import resolve_out_dir
 
-            built = build_trainer(
-                config, explicit=explicit, start=start, comm=comm, on_teacher=on_start
-            )
-            if isinstance(built, str):
-                reason = built
-                comm.shutdown()
-            else:
-                trainer = built
-                on_start(trainer)
-                if comm.is_main:
-                    handler.write = trainer.report.console.log  # above the progress bar
+            with signals:
+                built = build_trainer(
+                    config, explicit=explicit, start=start, comm=comm, train_teacher=train
+                )
+                if isinstance(built, str):
+                    reason = built
+                else:
+                    trainer = built
+                    reason = train(trainer)
                 # Until all have finished: a rank with nothing to write is done before rank 0, and
                 # a signal that ended it then would end the run as a failure.
-                with trainer.stop_signal:
-                    reason = trainer.fit()
-                    comm.shutdown()
+                comm.shutdown()
         except torch.OutOfMemoryError:
             error = RunError(
                 f"the device ran out of memory with --batch_size {config.batch_size}: leave it "

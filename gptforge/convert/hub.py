@@ -41,7 +41,10 @@ def push_to_hub(
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     command = f"hf upload {repo_id} {quote(folder.as_posix())}"
-    command += " --repo-type space" * (repo_type == "space") + " --private" * private
+    if repo_type == "space":
+        command += " --repo-type space"
+    if private:
+        command += " --private"
     kept = f"{folder.as_posix()} is complete and kept; to upload it: {command}"
     api = huggingface_hub.HfApi()
     try:

@@ -117,9 +117,9 @@ class ShardWriter:
         self.path, self.num_tokens = path, 0
         self._magic = next(magic for magic, ids in SHARD_DTYPES.items() if ids == dtype)
         self._dtype = dtype.newbyteorder("<")
-        self._replace = files.atomic_replace(path)
-        self._partial = self._replace.__enter__()
-        self._file = self._partial.open("wb")
+        with files.add_filename_to_errors(path):
+            self._partial = files.create_partial(path)
+            self._file = self._partial.open("wb")
         self._file.write(bytes(HEADER_BYTES))
 
     def write(self, tokens: Tokens) -> None:
@@ -136,8 +136,8 @@ class ShardWriter:
             self._file.seek(0)
             self._file.write(header.tobytes())
             self._file.close()
-        sha256 = files.sha256(self._partial)
-        self._replace.__exit__(None, None, None)
+            sha256 = files.sha256(self._partial)
+            files.commit_partial(self._partial, self.path)
         return sha256
 
     def abort(self) -> None:

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from gptforge.builders.export_model import model_title, read_origin
+from gptforge.builders.export_model import is_of_run, model_title
 from gptforge.builders.load_model import limit_threads, load
 from gptforge.builders.prompts import suggest_prompts
+from gptforge.checkpoint.format import read_checkpoint, read_config
+from gptforge.config import Config
+from gptforge.convert.hf import is_hf_dir
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.estimate import formulas
 from gptforge.inference.language_model import LanguageModel
@@ -44,6 +47,9 @@ def launch(
         title: of the page; empty: the name of the run folder.
         prompts: to suggest; empty: from the training text, if it is on this machine.
         allowed_hosts: names under which the page is served, besides this machine's; `*` for any.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the server has stopped.
     """
     for package in ("starlette", "uvicorn", "pydantic"):
         require_package(package, extra="demo")
@@ -63,11 +69,11 @@ def launch(
         limit_threads(model)
         return model
 
-    origin, title = read_origin(run), title or model_title(run)
+    title = title or model_title(run)
     models = run_data.ModelCache(load_model, run)
     model = models.get(models.names()[0])
     c = model.model.config
-    suggested = prompts or suggest_prompts(run, origin.config if origin else None)
+    suggested = prompts or suggest_prompts(run, _config_of_run(run))
     about = {
         "title": title,
         "about": f"GPT-2 · {format_count(formulas.num_params(c))} parameters · {c.n_layer} layers"
@@ -94,8 +100,14 @@ def launch(
     address, bound_port = listener.getsockname()[:2]
     name = f"[{address}]" if ":" in address else host
     safe_print(f"{title}: http://{name}:{bound_port} (Ctrl-C ends it)")
-    with suppress(KeyboardInterrupt):
-        asyncio.run(server.serve(sockets=[listener]))
+    asyncio.run(server.serve(sockets=[listener]))
+
+
+def _config_of_run(run: str) -> Config | None:
+    """The configuration of a run; None for a model without one."""
+    if is_hf_dir(Path(run)):
+        return None
+    return read_checkpoint(run, lambda path: read_config(path) if is_of_run(path) else None)
 
 
 def _is_encodable(model: LanguageModel, text: str) -> bool:

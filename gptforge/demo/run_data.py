@@ -51,9 +51,16 @@ class ModelCache:
         """The model of one of `names`; a UserError if it is gone or damaged."""
         if name not in self.names():
             raise UserError(f"there is no checkpoint {name} here any more: choose another")
-        path = self._store.folder / self.target(name)
         with self._lock:  # or two requests would load the same model
-            return self._load(str(real_path(path) if path.is_dir() else Path(self._run)))
+            while True:
+                target = self.target(name)
+                path = self._store.folder / target
+                try:
+                    return self._load(str(real_path(path) if path.is_dir() else Path(self._run)))
+                except UserError:
+                    if self.target(name) == target:
+                        raise
+                    # A run that trains has replaced `best` or `last`, and deleted what it was.
 
 
 def routes(models: ModelCache, run_dir: Path, *, about: Mapping[str, Any]) -> list[Route]:

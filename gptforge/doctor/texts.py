@@ -46,7 +46,7 @@ def check_texts(path: Path, options: DatasetOptions, *, context_length: int) -> 
                 text_scan.read(i, source, meter)
         except UserError as problem:
             return [error(str(problem))]
-        notices = [*selection.notices, *[RAW_BIN_UNUSED] * request.raw_bin]
+        notices = [*selection.notices, *([RAW_BIN_UNUSED] if request.raw_bin else ())]
         found = [*text_scan.findings(), *map(warning, notices)]
         if not text_scan.num_documents:
             return [*found, error(f"{path.as_posix()}: there is no text in it")]

@@ -158,4 +158,4 @@ def _metric_name(key: str) -> str:
     if filter_name == "none":
         return metric
     name = metric.removesuffix("_stderr")
-    return f"{name},{filter_name}" + "_stderr" * (name != metric)
+    return f"{name},{filter_name}{metric.removeprefix(name)}"

@@ -15,6 +15,7 @@ from gptforge.inference.generate import SampledTokens, TokenGenerator
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, draw_uniforms
 from gptforge.model import GPT
+from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import decode as decode_ids
 from gptforge.tokenizers.base import END_OF_TEXT
@@ -231,7 +232,9 @@ class LanguageModel:
         """Check the arguments now rather than with the first token, then generate."""
         count = validation.check_non_negative_int(max_new_tokens, "max_new_tokens")
         if count * len(prompts) > MAX_TOKENS:
-            raise UserError(f"max_new_tokens {count}: at most {MAX_TOKENS:,} tokens in one call")
+            raise UserError(
+                f"max_new_tokens {short_repr(count)}: at most {MAX_TOKENS:,} tokens in one call"
+            )
         if not isinstance(sampling, SamplingParams):
             raise UserError(
                 f"sampling must be SamplingParams(temperature, top_k, top_p), not {sampling}"

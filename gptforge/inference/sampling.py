@@ -15,6 +15,7 @@ from gptforge.config import SEED_LIMIT
 from gptforge.errors import UserError
 from gptforge.inference.validation import is_int, is_number
 from gptforge.kernels.sampling import MIN_TEMPERATURE
+from gptforge.printable import short_repr
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,17 @@ class SamplingParams:
     def validate(self, prefix: str = "") -> None:
         """Raise a UserError that names the parameter that is out of range, after `prefix`."""
         t, k, p = self.temperature, self.top_k, self.top_p
-        if not is_number(t) or not 0 <= t < float("inf"):
-            raise UserError(f"{prefix}temperature must be a number, 0 or more, not {t!r}")
+        if not is_number(t) or t < 0:
+            raise UserError(f"{prefix}temperature must be a number, 0 or more, not {short_repr(t)}")
         if not is_int(k) or k < 0:
             raise UserError(
-                f"{prefix}top_k must be a whole number, 0 or more (0: all tokens), not {k!r}"
+                f"{prefix}top_k must be a whole number, 0 or more (0: all tokens), not "
+                f"{short_repr(k)}"
             )
         if not is_number(p) or not 0 < p <= 1:
             raise UserError(
-                f"{prefix}top_p must be a number above 0 and at most 1 (1: all tokens), not {p!r}"
+                f"{prefix}top_p must be a number above 0 and at most 1 (1: all tokens), not "
+                f"{short_repr(p)}"
             )
 
 
@@ -48,7 +51,9 @@ def draw_uniforms(seeds: Sequence[int | None], count: int) -> Tensor:
     """
     for seed in seeds:
         if seed is not None and not (is_int(seed) and 0 <= seed < SEED_LIMIT):
-            raise UserError(f"seed must be a whole number, 0 or more and below 2**63, not {seed!r}")
+            raise UserError(
+                f"seed must be a whole number, 0 or more and below 2**63, not {short_repr(seed)}"
+            )
     rows = [np.random.default_rng(seed).random(count, np.float32) for seed in seeds]
     return torch.from_numpy(np.stack(rows))
 
@@ -71,7 +76,8 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
         ids = None
     # Subtract the maximum before the division: a tiny temperature would make it infinite.
     logits = logits - logits.amax(-1, keepdim=True)
-    probs = (logits / max(params.temperature, MIN_TEMPERATURE)).softmax(-1)
+    # A float: torch refuses integers from 2**63 on.
+    probs = (logits / max(float(params.temperature), MIN_TEMPERATURE)).softmax(-1)
     # Inversion instead of torch.multinomial: that draws its own numbers, and syncs on CUDA.
     cdf = probs.cumsum(-1)  # (B, K)
     last = torch.full_like(uniforms, cdf.size(-1) - 1, dtype=torch.long)

@@ -4,8 +4,10 @@ Where a list of strings or numbers is accepted, so is a single one.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
@@ -45,7 +47,7 @@ def as_int_list(value: int | Iterable[int], name: str, *, below: int | None = No
     plain = (number.item() if getattr(number, "ndim", 1) == 0 else number for number in values)
     numbers = [check_non_negative_int(number, f"each of {name}") for number in plain]
     if below is not None and (largest := max(numbers, default=0)) >= below:
-        raise UserError(f"each of {name} must be below {below}, not {largest}")
+        raise UserError(f"each of {name} must be below {below}, not {short_repr(largest)}")
     return numbers
 
 
@@ -65,8 +67,12 @@ def is_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether the value is a real Python or NumPy number, and not a bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether the value is a finite Python or NumPy number, and neither a bool nor a fraction."""
+    is_real = isinstance(value, Real) and not isinstance(value, bool | Fraction)
+    try:
+        return is_real and math.isfinite(value)
+    except OverflowError:  # 10**400 is no float
+        return False
 
 
 def prompt_from_argv(text: str) -> str:

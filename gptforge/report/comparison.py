@@ -1,5 +1,6 @@
 """Compare runs: where their configurations differ, and whether a difference is more than noise."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -148,15 +149,26 @@ def _comparable_metric(runs: Sequence[RunInfo]) -> tuple[str | None, list[str]]:
 
 def _group(runs: Sequence[RunInfo], metric: str, notes: list[str]) -> list[Group]:
     """Group the runs by all but their seeds, best group first."""
-    found: dict[object, list[RunInfo]] = {}
+    found: dict[object, list[list[RunInfo]]] = {}
     for run in runs:
         learned = [getattr(run.config, field) for field in LEARNED]
         text = next(index for index, other in enumerate(runs) if other.has_same_text(run))
         minutes = run.config.time_limit if run.state == "time limit" else 0.0
         key = (*learned, minutes, run.config.global_batch_size, text, run.tokenizer)
-        found.setdefault(key, []).append(run)
+        same_config = found.setdefault(key, [])
+        for members in same_config:
+            if run.has_same_schedule(members[0]):
+                members.append(run)
+                break
+        else:
+            if same_config:
+                notes.append(
+                    f"{run.path.as_posix()} differs from {same_config[0][0].path.as_posix()} in "
+                    "its schedule: the --max_steps of one was raised while it trained"
+                )
+            same_config.append([run])
     groups = []
-    for members in found.values():
+    for members in itertools.chain(*found.values()):
         scores: dict[int, float] = {}
         for run in members:
             if run.config.seed in scores:

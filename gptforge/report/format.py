@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from gptforge.printable import printable
+from gptforge.printable import pluralize, printable
 
 
 def format_count(count: float) -> str:
@@ -15,6 +15,11 @@ def format_count(count: float) -> str:
     while value >= 999.5:
         value, prefix = value / 1000, next(prefixes)
     return f"{value:.3g}{prefix}"
+
+
+def format_bytes(count: int) -> str:
+    """'18 bytes', '6.23 KB', '1.2 GB': three digits from 1,000 bytes on."""
+    return pluralize(count, "byte") if count < 1000 else f"{format_count(count)}B"
 
 
 def format_duration(seconds: float) -> str:

@@ -1,6 +1,8 @@
 """What a run folder says about its run: configuration, state, outcome and versions."""
 
+import itertools
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,8 +32,10 @@ STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time 
 """Reason in the end event -> state; other reasons are "stopped"."""
 SWEEP_DATA = "sweep-data"
 """Folder beside the trials of a sweep, with the text that they read; locked while it runs."""
-NO_FACTS = frozenset({"event", "time", "command", "step", "checkpoint"})
+NO_FACTS = frozenset({"event", "time", "command", "step", "max_steps", "checkpoint"})
 """Fields of start and resume events that say nothing of machine or program."""
+RATE_TOLERANCE = 1e-6
+"""Relative difference of learning rates that are the same: of the rounding of a cosine."""
 COMPLETE = frozenset(STATES.values())
 SAMPLE_HEADING = re.compile(r"^## After (\d{1,18}) steps\n\n(~{3,})text\n", re.MULTILINE)
 
@@ -63,6 +67,40 @@ class RunInfo:
         names = [name for name in ("inputs", "val_inputs") if name in saved and name in other_saved]
         is_same = "inputs" in names and all(saved[name] == other_saved[name] for name in names)
         return is_same or saved.get("text_sha256", "") == other_saved.get("text_sha256")
+
+    def has_same_schedule(self, other: "RunInfo") -> bool:
+        """Whether two runs of one configuration had the same learning rates, as far as they logged
+        the same steps, and the same dropout.
+
+        They differ if one was extended: it followed the schedule of fewer steps before.
+        """
+        rates = {event["step"]: event["lr"] for event in other.history.train}
+        pairs = [
+            (event["lr"], rates[event["step"]])
+            for event in self.history.train
+            if event["step"] in rates
+        ]
+        is_same = all(
+            math.isclose(lr, other_lr, rel_tol=RATE_TOLERANCE)
+            for lr, other_lr in pairs
+            if lr is not None and other_lr is not None
+        )
+        if not self.config.dropout or not self.config.dropout_ramp:
+            return is_same
+        return is_same and self._extensions == other._extensions
+
+    @property
+    def _extensions(self) -> list[tuple[Any, Any]]:
+        """Where the run was resumed with more steps: the step, and the steps that it had before.
+
+        Earlier versions did not log that.
+        """
+        starts = [event for event in self.history.rare if "max_steps" in event]
+        return [
+            (event.get("step"), before["max_steps"])
+            for before, event in itertools.pairwise(starts)
+            if before["max_steps"] != event["max_steps"]
+        ]
 
     @property
     def subset_tokens(self) -> int:

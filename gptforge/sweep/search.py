@@ -5,19 +5,16 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-
-from gptforge import files, tokenizers
+from gptforge import files
 from gptforge.builders.resolve import check_tokenizer, load_dataset, resolve_config
 from gptforge.checkpoint.format import read_config
 from gptforge.checkpoint.out_dir import METRICS
 from gptforge.config import FIELDS, MAY_CHANGE_ON_RESUME, Config
 from gptforge.config_checks import unused_fields
-from gptforge.data.dataset import Dataset, check_length
+from gptforge.data.dataset import check_length
 from gptforge.data.shard_index import json_sha256
-from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
 from gptforge.report.console import ProgressMeter
@@ -36,14 +33,12 @@ from gptforge.sweep.space import (
     largest,
     optuna_search,
 )
-from gptforge.tokenizers.base import smallest_dtype
+from gptforge.sweep.text import prepare_text
 
 logger = logging.getLogger(__name__)
 
 FINAL_SEEDS = 3
 """Runs of the best trial on the full training part."""
-COPY_TOKENS = 2**24
-"""Tokens copied at a time."""
 COMPARED = {"max_steps", "batch_size", "gradient_accumulation_steps", "eval_every", "patience"}
 NOT_COMPARED = (MAY_CHANGE_ON_RESUME - COMPARED) | INPUT_FIELDS
 """Fields in which a sweep may differ from an earlier one whose trials it uses."""
@@ -98,11 +93,14 @@ class Sweep:
         except BaseException:
             self._lock.release()
             raise
+        trained, compared = "the first", f"the last {100 * dataset.val_fraction:g}%"
+        if Path(self._input_flags["input"]).is_dir():
+            trained = "some documents"
+            compared = "others, since some are repeated: all copies of one are on the same side"
         logger.info(
             f"text: {dataset.path.as_posix()}; {len(dataset.val):,} {dataset.tokenizer.name} "
             f"tokens are the test split, which trials do not read; of the other "
-            f"{len(dataset.train):,}, they train on the first and are compared on the last "
-            f"{100 * dataset.val_fraction:g}%"
+            f"{len(dataset.train):,}, they train on {trained} and are compared on {compared}"
         )
         self._devices = scheduler.find_devices(config)
         self._jobs = jobs or len(self._devices) * scheduler.jobs_per_device(max_config, explicit)
@@ -276,34 +274,3 @@ def _lock(path: Path, *, restart: bool) -> FolderLock:
     backup = files.move_to_backup(path, "old")
     logger.info(f"note: moved the old {path.as_posix()} to {backup.as_posix()}")
     return _lock(path, restart=False)
-
-
-def prepare_text(folder: Path, dataset: Dataset) -> tuple[str, dict[str, str]]:
-    """Write the training part of a text as tokens, with its tokenizer.
-
-    The held-out part is the test split. Trials hold out a second split at the end of the tokens, by
-    the same fraction.
-
-    Returns:
-        A name of the text, and the flags with which trials read it; empty ones are left out.
-    """
-    text = [dataset.sha256, dataset.tokenizer.to_json(), dataset.val_fraction]
-    text_id = json_sha256(text)[:8]
-    tokens, tokenizer = folder / f"{text_id}.bin", folder / f"{text_id}.json"
-    if not tokens.exists():
-        tokenizers.save(dataset.tokenizer, tokenizer)
-        dtype: Any = np.dtype(smallest_dtype(dataset.tokenizer.vocab_size))
-        writer = ShardWriter(tokens, dtype)
-        try:
-            for start in range(0, len(dataset.train), COPY_TOKENS):
-                writer.write(dataset.train[start : start + COPY_TOKENS])
-            writer.close()
-        except BaseException:
-            writer.abort()
-            raise
-    return text_id, dict.fromkeys(INPUT_FIELDS, "") | {
-        "input": tokens.as_posix(),
-        "tokenizer": tokenizer.as_posix(),
-        "raw_bin": "false",
-        "val_fraction": format_value(dataset.val_fraction),
-    }

@@ -54,7 +54,7 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
     score = trainer.full_score
     if score is None and is_quick:
         if seconds > NOTICE_SECONDS:
-            again = " again" * (reason in ("interrupted", "terminated"))
+            again = " again" if reason in ("interrupted", "terminated") else ""
             report.log(
                 f"Saved. Evaluating {name} on all {num_tokens} held-out tokens takes about "
                 f"{format_duration(seconds)}; Ctrl-C{again} skips it"

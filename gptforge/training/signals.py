@@ -55,7 +55,8 @@ class StopSignal:
     after the first, ends the process at once; that leaves no half-written checkpoint, since saves
     are renamed into place. SIGHUP, which often accompanies SIGTERM, does not count. Once the loop
     has obeyed a signal and saved (`mark_saved`), one more stops what is left to do, and the next
-    one ends the process. As a context manager it may be entered again while it is entered.
+    one ends the process. As a context manager it may be entered again while it is entered, by the
+    next of several training loops.
 
     Args:
         time_limit: minutes; 0 for none.
@@ -105,6 +106,7 @@ class StopSignal:
         # Or a scheduler with a short limit would restart a slow startup forever.
         self._deadline = max(self._deadline, time.monotonic() + MIN_TRAIN_SECONDS)
         self._depth += 1
+        self._is_saved = False
         # Python allows signal handlers in the main thread only.
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
             for number in SIGNALS:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from gptforge import files
 from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare import readers, table_reader, text_io
 from gptforge.data.prepare.pipeline import prepare
@@ -151,6 +152,80 @@ def test_failed_read_names_the_file(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match=r"t\.txt") as caught:
         run_prepare(tmp_path, "t.txt")
     assert caught.value.errno == errno.EIO
+
+
+@pytest.fixture
+def locked_files(monkeypatch) -> None:
+    """Files named locked cannot be opened: tests may run as root, who may read all."""
+    for module, name in ((Path, "open"), (files, "open_regular")):
+        real_open = getattr(module, name)
+
+        def open_unlocked(path: Path, mode: str = "rb", *args, real_open=real_open, **options):
+            if path.stem.startswith("locked") and "r" in mode:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real_open(path, mode, *args, **options)
+
+        monkeypatch.setattr(module, name, open_unlocked)
+
+
+@pytest.mark.parametrize("shard_bytes", [20, 2**26])
+@pytest.mark.parametrize("name", ["locked.txt", "locked.jsonl", "locked.txt.gz"])
+def test_file_without_permission_is_skipped_and_counted(
+    tmp_path, messages, locked_files, name, shard_bytes
+) -> None:
+    for file in (name, "locked-copy.txt", "a.txt", "b.jsonl"):
+        (tmp_path / file).write_text(f"{GOOD}\n")
+    with pytest.raises(PermissionError, match=name):
+        run_prepare(tmp_path, name, "a.txt")
+    names = (name, "a.txt", "locked-copy.txt", "b.jsonl")
+    index = run_prepare(tmp_path, *names, skip_bad=True, shard_bytes=shard_bytes)
+    assert (count_documents(index), index.record["skipped"]) == (2, {"permission denied": 2})
+    assert any(line.endswith(f"/{name}: permission denied") for line in messages)
+
+
+def test_file_on_a_damaged_disk_is_skipped_and_counted(tmp_path, monkeypatch) -> None:
+    blocks_of = text_io._decompressed_blocks
+
+    def read(source, *args):
+        for number, block in enumerate(blocks_of(source, *args)):
+            if source.path.stem == "damaged" and number:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            yield block
+
+    monkeypatch.setattr(text_io, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(text_io, "_decompressed_blocks", read)
+    for name in ("damaged.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text(f"{GOOD}\n" * 4)
+    index = run_prepare(tmp_path, "damaged.jsonl", "a.jsonl", skip_bad=True)
+    # Of the damaged file, what precedes the damage is kept, as of a damaged archive.
+    assert index.record["skipped"] == {"input/output error": 1}
+    assert 4 < count_documents(index) < 8
+
+
+def test_too_many_open_files_are_no_bad_input(tmp_path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    (tmp_path / "t.txt").write_text("words")
+    monkeypatch.setattr(text_io, "_decompressed_blocks", fail)
+    with pytest.raises(OSError, match=r"t\.txt"):
+        run_prepare(tmp_path, "t.txt", skip_bad=True)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read all folders")
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_folder_without_permission_is_skipped(tmp_path, messages, mode) -> None:
+    inner = tmp_path / "texts/inner"
+    inner.mkdir(parents=True)
+    for path in (inner / "a.txt", tmp_path / "texts/b.txt"):
+        path.write_text("Some text, and some more.")
+    inner.chmod(mode)
+    with pytest.raises(PermissionError):
+        run_prepare(tmp_path, "texts")
+    index = run_prepare(tmp_path, "texts", skip_bad=True)
+    assert sum(index.total(split, "bytes") for split in SPLITS) == 25
+    assert any("skipped " in line and "permission denied" in line for line in messages)
+    inner.chmod(0o755)
 
 
 @pytest.mark.parametrize(

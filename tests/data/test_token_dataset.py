@@ -1,5 +1,6 @@
 """Token shards: compatible with llm.c and modded-nanogpt, safe whatever the file contains."""
 
+import errno
 import hashlib
 import os
 import resource
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptforge import files
 from gptforge.data import token_dataset
 from gptforge.data.token_dataset import (
     MAX_OPEN_SHARDS,
@@ -114,6 +116,20 @@ def test_aborted_writer_leaves_no_file(tmp_path) -> None:
     assert not (tmp_path / "a.bin").exists()
     writer.abort()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_that_cannot_be_closed_leaves_no_file(tmp_path, monkeypatch) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    (tmp_path / "a.bin").write_bytes(b"old")
+    writer = ShardWriter(tmp_path / "a.bin", np.dtype(np.uint16))
+    monkeypatch.setattr(files, "fsync", fail)
+    with pytest.raises(OSError, match="input/output error") as error:
+        writer.close()
+    assert error.value.filename == (tmp_path / "a.bin").as_posix()
+    writer.abort()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 @given(st.data())

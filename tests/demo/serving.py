@@ -57,6 +57,20 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def start_demo(folder: Path) -> subprocess.Popen[str]:
+    """`gptforge demo` that listens."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptforge", "demo", "run", "--device", "cpu"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
+    )
+    assert process.stdout is not None and "http://" in process.stdout.readline()
+    return process
+
+
 @contextmanager
 def server(folder: Path, *command: str) -> Iterator[str]:
     """The address of the page, at the first free port; one that does not end at once fails."""

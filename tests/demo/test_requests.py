@@ -3,13 +3,15 @@
 import http.client
 import itertools
 import json
+import os
 import re
+import signal
 import socket
 from collections.abc import Iterator
 
 import pytest
 
-from tests.demo.serving import SLOW, server
+from tests.demo.serving import SLOW, server, start_demo
 from tests.demo.serving import folder as folder
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -32,6 +34,20 @@ def send(address: str, method: str, path: str, body: object = None, **headers: s
     )
     response = connection.getresponse()
     return response.status, response.read().decode()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_ends_the_server_with_the_exit_code_of_all_commands(
+    folder, number, code, message
+) -> None:
+    process = start_demo(folder)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (code, f"{message}\n")
 
 
 def complete(address: str, **fields: object):

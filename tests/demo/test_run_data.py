@@ -1,13 +1,15 @@
 """What the page knows of a run, without a browser."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from gptforge.builders.load_model import load
 from gptforge.demo.run_data import MAX_POINTS, ModelCache, run_metrics
 from gptforge.errors import UserError
-from gptforge.files import json_line
+from gptforge.files import json_line, set_link
 from gptforge.report.metrics import History, read_history
 from tests.convert.conftest import run as run
 from tests.convert.conftest import trained_run as trained_run
@@ -33,6 +35,25 @@ def test_only_checkpoints_of_the_run_can_be_loaded(run) -> None:
     for unknown in ("../../etc", "step-999999", ""):
         with pytest.raises(UserError, match="choose another"):
             models.get(unknown)
+
+
+def test_the_newer_best_model_is_loaded_if_the_older_one_is_deleted_meanwhile(run) -> None:
+    folder, loaded = Path(run, "checkpoints"), []
+    set_link(folder / "best", "step-000012")
+
+    def load_model(path: str):
+        loaded.append(Path(path).name)
+        if len(loaded) == 1:
+            set_link(folder / "best", "step-000020")
+            shutil.rmtree(path)
+        return load(path, device="cpu")
+
+    models = ModelCache(load_model, run)
+    models.get("best")
+    assert loaded == ["step-000012", "step-000020"]
+    shutil.rmtree(folder / "step-000020")
+    with pytest.raises(UserError, match="choose another"):
+        models.get("step-000020")
 
 
 def metrics_of(tmp_path, lines, max_steps):

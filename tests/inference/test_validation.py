@@ -1,5 +1,8 @@
 """Arguments of the library: one value for a list, NumPy and torch numbers, and wrong types."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +58,16 @@ def test_numpy_and_torch_numbers_are_accepted(model) -> None:
         ({"top_k": 5.0}, "^top_k must be a whole number"),
         ({"top_p": None}, "^top_p must be a number"),
         ({"temperature": "1"}, "^temperature must be a number"),
+        ({"temperature": 10**400}, "^temperature must be a number, 0 or more, not 1000"),
+        ({"temperature": 10**5000}, "^temperature must be a number.* too long to show$"),
+        ({"temperature": math.nan}, "^temperature must be a number"),
+        ({"temperature": math.inf}, "^temperature must be a number"),
+        ({"temperature": Fraction(1, 3)}, "^temperature must be a number"),
+        ({"top_p": Fraction(1, 3)}, "^top_p must be a number"),
+        ({"top_p": 10**5000}, "^top_p must be a number.* too long to show$"),
+        ({"top_k": -(10**5000)}, "^top_k must be a whole number.* too long to show$"),
+        ({"max_new_tokens": 10**5000}, "^max_new_tokens a value .* too long to show: at most"),
+        ({"seed": 10**5000}, "^seed must be a whole number.* too long to show$"),
         ({"max_new_tokens": None}, "^max_new_tokens must be a whole number"),
         ({"max_new_tokens": 3.0}, "^max_new_tokens must be a whole number"),
         ({"seed": "a"}, "^seed must be a whole number"),
@@ -67,6 +80,13 @@ def test_numpy_and_torch_numbers_are_accepted(model) -> None:
 def test_an_argument_of_the_wrong_type_is_named(model, method, options, words) -> None:
     with pytest.raises(UserError, match=words):
         getattr(model, method)("a", **options)
+
+
+@pytest.mark.parametrize("temperature", [2**63, 10**300])
+def test_a_huge_temperature_makes_all_tokens_equally_likely(model, temperature) -> None:
+    texts = [model.generate("a", 20, seed=1, temperature=t) for t in (temperature, 1e30)]
+    assert texts[0] == texts[1]
+    assert model.generate("a", 20, seed=1, top_k=10**400) == model.generate("a", 20, seed=1)
 
 
 @pytest.mark.parametrize("prompt", [["a"], [], None, b"a", 7])

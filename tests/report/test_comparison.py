@@ -1,5 +1,6 @@
 """Which runs are compared by what, and when a difference is called real."""
 
+import dataclasses
 import json
 import math
 import random
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gptforge.optim.schedule import learning_rate
 from gptforge.report.comparison import compare, student_t_p_value
 from gptforge.report.run_info import read_run
 from tests.report.events import final_event
@@ -66,6 +68,55 @@ def test_runs_that_differ_by_the_seed_alone_are_grouped(tmp_path) -> None:
     error = math.sqrt(0.001 / 3 * (1 / 2 + 1 / 3))
     assert difference.p_value == pytest.approx(student_t_p_value(0.51 / error, 3))
     assert "real" in found.verdict[-1] and worst.name in found.verdict[-1]
+
+
+def write_scheduled(folder: Path, *, extended_from: int = 0, **fields: object) -> Path:
+    """A run of 20 steps with the learning rates of its schedule, perhaps extended after 10."""
+    run = write_run(folder, {10: 4.0, 20: 2.0}, **{"max_steps": 20, "warmup_steps": 2} | fields)
+    config, lines = read_run(run).config, []
+    shorter = dataclasses.replace(config, max_steps=extended_from or config.max_steps)
+    for event in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        if event["event"] == "start":
+            event["max_steps"] = shorter.max_steps
+        if event["event"] == "train":
+            event["lr"] = learning_rate(shorter if event["step"] < 10 else config, event["step"])
+            if event["step"] == 10 and extended_from:
+                lines.append({"event": "resume", "step": 10, "max_steps": config.max_steps})
+        lines.append(event)
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return run
+
+
+def groups_of(*folders: Path) -> list[list[str]]:
+    groups = [[run.path.name for run in group.runs] for group in compare_runs(*folders).groups]
+    return sorted(groups)
+
+
+@pytest.mark.parametrize("fields", [{}, {"schedule": "linear"}])
+def test_an_extended_run_is_no_seed_of_a_straight_one(tmp_path, fields) -> None:
+    straight = [write_scheduled(tmp_path / f"s{seed}", seed=seed, **fields) for seed in (1, 2)]
+    extended = [
+        write_scheduled(tmp_path / f"e{seed}", seed=seed, extended_from=10, **fields)
+        for seed in (1, 3)
+    ]
+    other = write_scheduled(tmp_path / "o", seed=4, extended_from=12, **fields)
+    runs = (straight[0], extended[0], other, extended[1], straight[1])
+    assert groups_of(*runs) == [["e1", "e3"], ["o"], ["s1", "s2"]]
+    notes = compare_runs(*runs).notes
+    assert len(notes) == 2 and notes[0] == (
+        f"{extended[0].as_posix()} differs from {straight[0].as_posix()} in its schedule: the "
+        "--max_steps of one was raised while it trained"
+    )
+
+
+def test_an_extended_run_without_a_trace_is_a_seed_of_a_straight_one(tmp_path) -> None:
+    straight = write_scheduled(tmp_path / "s", seed=1, schedule="constant")
+    extended = write_scheduled(tmp_path / "e", seed=2, schedule="constant", extended_from=10)
+    assert groups_of(straight, extended) == [["s", "e"]]
+    ramp = {"schedule": "constant", "dropout": 0.1, "dropout_ramp": 0.5}
+    straight = write_scheduled(tmp_path / "sr", seed=1, **ramp)
+    extended = write_scheduled(tmp_path / "er", seed=2, **ramp, extended_from=10)
+    assert groups_of(straight, extended) == [["er"], ["sr"]]
 
 
 def test_a_run_without_checkpoints_has_the_tokenizer_of_its_configuration(tmp_path) -> None:

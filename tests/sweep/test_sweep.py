@@ -1,6 +1,7 @@
 """`gptforge sweep` as a whole. Most trials run in this process, which is faster."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,12 +19,13 @@ from gptforge.cli.parsing import parse_train_args
 from gptforge.cli.sweep import SweepConfig, _resolver
 from gptforge.config import Config
 from gptforge.config_file import read_toml
-from gptforge.data.dataset import DatasetOptions, open_dataset
+from gptforge.data.dataset import Dataset, DatasetOptions, open_dataset
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.report import run_report
 from gptforge.report.run_info import SWEEP_DATA
 from gptforge.sweep import scheduler
 from gptforge.sweep.scheduler import Run
-from gptforge.sweep.search import prepare_text
+from gptforge.sweep.text import prepare_text
 from tests import programs
 from tests.conftest import play_text
 
@@ -168,6 +171,55 @@ def test_documents_of_the_test_tail_are_left_out(tmp_path) -> None:
     assert found == expected
     assert len(trial.val) == pytest.approx(0.2 * len(expected), abs=1)
     assert trial.tokenizer.prepends_eot
+
+
+def texts_of(dataset: Dataset, split: str) -> list[bytes]:
+    """The documents of a split, in order."""
+    tokens = getattr(dataset, split)
+    text = bytes(tokens[: len(tokens)].astype(np.uint16).clip(0, 255).tolist())
+    return text.split(b"\xff")[1:]
+
+
+@pytest.mark.parametrize(("count", "different"), [(30, 27), (300, 100)], ids=["few", "many"])
+@pytest.mark.parametrize("as_shards", [False, True], ids=["texts", "shards"])
+def test_copies_of_a_document_are_on_one_side_of_the_second_split(
+    tmp_path, count, different, as_shards
+) -> None:
+    copies, start = [i % different for i in range(count - different)], 2 * different // 3
+    numbers = [*range(start), *copies, *range(start, different)]
+    texts = [f"Document {i}, {i * 7 % 41}." for i in numbers]
+    path = tmp_path / "docs.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    options = DatasetOptions(tokenizer="byte", val_fraction=0.2)
+    dataset = open_dataset(path, options)
+    if as_shards:  # of another program, with the end-of-text token after each document
+        writer = ShardWriter(tmp_path / "docs.bin", np.dtype(np.uint16))
+        ids = [number for text in texts for number in (*text.encode(), 256)]
+        writer.write(np.array(ids, np.uint16))
+        writer.close()
+        options = dataclasses.replace(options, tokenizer=dataset.tokenizer, require_tokenizer=True)
+        dataset = open_dataset(tmp_path / "docs.bin", options)
+    name, flags = prepare_text(tmp_path, dataset)
+    options = dataclasses.replace(options, tokenizer=flags["tokenizer"], require_tokenizer=True)
+    trial = open_dataset(Path(flags["input"]), options)
+    train, val = (texts_of(trial, split) for split in ("train", "val"))
+    assert not set(train) & set(val)
+    assert len(dataset.train) == len(trial.train) + len(trial.val)
+    assert 0.05 * len(dataset.train) < len(trial.val) < 0.4 * len(dataset.train)
+    # The same command finds the files that it wrote.
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / name).iterdir()}
+    assert prepare_text(tmp_path, dataset) == (name, flags)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / name).iterdir()} == written
+
+
+def test_a_sweep_of_an_earlier_version_keeps_its_second_split(tmp_path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"Document {i % 50}."}) for i in range(300)))
+    dataset = open_dataset(path, DatasetOptions(tokenizer="byte"))
+    name, flags = prepare_text(tmp_path, dataset)
+    assert Path(flags["input"]) == tmp_path / name
+    (tmp_path / f"{name}.bin").touch()
+    assert prepare_text(tmp_path, dataset)[1]["input"] == f"{tmp_path.as_posix()}/{name}.bin"
 
 
 def test_final_trains_the_best_trial_and_quotes_the_test_tail(program, play, started) -> None:

@@ -11,21 +11,27 @@ import torch
 import torch.nn.functional as F
 
 from gptforge.builders import build_trainer as build_trainer_module
+from gptforge.builders.build_train_step import build_train_step
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.teachers import check_teachers, teacher_config, teacher_configs
 from gptforge.builders.text_presets import resolve_auto
 from gptforge.checkpoint.format import read_config, read_tensors
+from gptforge.cli.parsing import parse_train_args
+from gptforge.cli.train import run_training
 from gptforge.config import Config
-from gptforge.distributed import SINGLE_PROCESS
+from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError
 from gptforge.kernel_select import KernelConfig
 from gptforge.kernels.cross_entropy import IGNORE_INDEX
 from gptforge.model import GPT
+from gptforge.report.log_handler import log_to
 from gptforge.report.run_report import RunReport
+from gptforge.shell import Start
 from gptforge.training.distillation import Distillation
 from gptforge.training.trainer import Trainer
 from tests.conftest import TINY
 from tests.distributed.runs import assert_same_run, train
+from tests.distributed.spawn import on_ranks
 from tests.programs import DEBUG
 from tests.training.runs import StopAfter, build, events, last
 from tests.training.steps import BFLOAT16, FLOAT32, make_batch, make_step
@@ -225,6 +231,43 @@ def test_a_signal_between_teachers_is_not_lost(config, monkeypatch) -> None:
     assert last(teacher_config(config, 1)).name == "step-000012"
     assert not Path(teacher_config(config, 2).out_dir).exists()
     assert build(config).fit() == "finished"
+
+
+def run_with_signal_on_rank_1(comm: Comm, flags: list[str]) -> list[str]:
+    """Send SIGTERM to rank 1 before each run after the first one."""
+    before = signal.getsignal(signal.SIGTERM)
+    num_built = 0
+
+    def build_step(*args, **kwargs):
+        nonlocal num_built
+        num_built += 1
+        if num_built > 1 and comm.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return build_train_step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_trainer_module, "build_train_step", build_step)
+        patch.setattr("gptforge.distributed.init_distributed", lambda device: comm)
+        patch.setattr(Comm, "shutdown", lambda self: None)  # `on_ranks` does
+        config, explicit = parse_train_args(flags)
+        reason, _, _ = run_training(
+            config, explicit, start=Start(), logging_as=log_to(lambda text: None)
+        )
+    assert signal.getsignal(signal.SIGTERM) is before
+    return [reason, *map(str, Path("run").rglob("step-*"))]
+
+
+def test_a_signal_to_one_rank_between_teachers_stops_all(play, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [*DEBUG, "--input", play, "--out_dir", "run", "--device", "cpu", "--sample_every", "0"]
+    flags += ["--teachers", "2", "--teacher_steps", "4", "--max_steps", "6"]
+    for last_saved in (
+        "run/teachers/teacher-2/checkpoints/step-000001",
+        "run/checkpoints/step-000001",
+    ):
+        for reason, *paths in on_ranks(2, run_with_signal_on_rank_1, list(map(str, flags))):
+            assert reason == "terminated" and last_saved in paths
+    assert "run/teachers/teacher-2/checkpoints/step-000004" in paths
 
 
 def test_a_teacher_is_resumed_as_a_run_of_its_own(program, play, monkeypatch) -> None:

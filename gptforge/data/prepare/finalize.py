@@ -1,5 +1,6 @@
 """Finish a preparation: report what was skipped and write the index."""
 
+import contextlib
 import logging
 import shutil
 from collections import Counter
@@ -115,9 +116,10 @@ def _input_splits(
             by_source.setdefault(index, set()).update(splits)
     by_fingerprint: dict[str, set[SplitName]] = {}
     for index, names in sorted(by_source.items())[:MAX_FINGERPRINTS]:
-        # A pipe cannot be read again.
-        if (path := sources[index].path).is_file():
-            by_fingerprint.setdefault(fingerprint(path), set()).update(names)
+        # A pipe cannot be read again, nor a damaged file to its end.
+        with contextlib.suppress(OSError):
+            if (path := sources[index].path).is_file():
+                by_fingerprint.setdefault(fingerprint(path), set()).update(names)
     return {name: sorted(splits) for name, splits in by_fingerprint.items()}
 
 

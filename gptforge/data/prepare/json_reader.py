@@ -105,7 +105,7 @@ def _json_hint(source: Source, error: Exception) -> str:
 
 def is_json_array(source: Source, text_format: TextFormat) -> bool:
     """Whether the first character of a file is the bracket that opens an array."""
-    with contextlib.suppress(BadInput):  # reported when the file is read
+    with contextlib.suppress(BadInput, OSError):  # reported when the file is read
         for chunk in InputPart(source, text_format).read_chunks():
             if text := chunk.text.lstrip(JSON_WHITESPACE):
                 return text.startswith("[")

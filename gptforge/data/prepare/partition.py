@@ -60,10 +60,10 @@ def _spans(
                 return _split_text(file, scan, job_bytes)
         elif source.kind == "jsonl" and is_seekable and not needs_index:
             if not is_json_array(source, text_format):
-                return _cut(file, 0, source.size, job_bytes, _next_line)
+                return list(_cut(file, 0, source.size, job_bytes, _next_line))
         elif source.kind == "parquet" and not needs_index:
             return _split_row_groups(file, text_format, job_bytes)
-    except BadInput:
+    except (BadInput, OSError):
         pass  # the job that reads the file raises or counts it
     return [file]
 

@@ -14,10 +14,12 @@ from gptforge.data.prepare.sources import (
     Source,
     describe_ignored_files,
     find_sources,
+    raise_error,
 )
 from gptforge.data.prepare.split import describe_filename_splits, split_by_name, split_shards
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import read_index
+from gptforge.errors import explain_os_error
 from gptforge.tokenizers import Tokenizer
 
 _KINDS_WITH: dict[str, dict[FileKind, str]] = {
@@ -86,8 +88,18 @@ class PrepareRequest(TextOptions):
 
 def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> FileSelection:
     """Select the files that a request reads; `spool_dir` gets the content of pipes."""
-    sources = find_sources(request.names, kind=request.kind, spool_dir=spool_dir)
-    notices = [notice for name in request.names if (notice := describe_ignored_files(name))]
+    notices: list[str] = []
+
+    def skip(error: OSError) -> None:
+        notices.append(f"skipped {error.filename}: {explain_os_error(error)[0]}")
+
+    sources = find_sources(
+        request.names,
+        kind=request.kind,
+        spool_dir=spool_dir,
+        on_error=skip if request.skip_bad else raise_error,
+    )
+    notices += [notice for name in request.names if (notice := describe_ignored_files(name))]
     val_sources: tuple[int, ...] = ()
     if request.split_by_name:
         paths = [source.path for source in sources]
@@ -120,7 +132,8 @@ def describe_unused_flags(options: TextOptions, kinds: Collection[FileKind]) -> 
         if getattr(text_format, name) != getattr(default, name) and not readers.keys() & set(kinds)
     ]
     if not kinds:
-        unused += ["kind"] * (options.kind != "auto")
+        if options.kind != "auto":
+            unused.append("kind")
         return [f"--{name} has no effect on token shards" for name in unused]
     return [
         f"--{name} has no effect: no file is {' or '.join(_KINDS_WITH[name].values())}"
@@ -130,8 +143,9 @@ def describe_unused_flags(options: TextOptions, kinds: Collection[FileKind]) -> 
 
 def describe_unused_fraction(options: TextOptions, *, has_named: bool) -> list[str]:
     """A notice about `--val_fraction` if files are held out by their names instead."""
-    is_unused = has_named and options.val_fraction not in (0, TextOptions.val_fraction)
-    return ["--val_fraction has no effect: files are held out by their names"] * is_unused
+    if not has_named or options.val_fraction in (0, TextOptions.val_fraction):
+        return []
+    return ["--val_fraction has no effect: files are held out by their names"]
 
 
 def fingerprint(path: Path) -> str:
@@ -154,7 +168,11 @@ def _describe_copies(sources: Sequence[Source], val_sources: Sequence[int]) -> l
     copies: list[tuple[Source, Source]] = []
     for source in sources:
         if source.size and sizes[source.size] > 1:
-            original = originals.setdefault(files.sha256(source.path), source)
+            try:
+                digest = files.sha256(source.path)
+            except OSError:
+                continue  # reported, or skipped, where its text is read
+            original = originals.setdefault(digest, source)
             if original is not source:
                 copies.append((source, original))
     if not copies:

@@ -195,8 +195,8 @@ def describe_filename_splits(
         names = [path.as_posix() for path, word in zip(paths, words, strict=True) if word == split]
         if names:
             parts.append(f"{what}: {join_first(names, 3)}")
-    hint = " (--split_by_name false treats them like all others)"
-    return "; ".join(parts) + hint * bool(parts)
+    hint = " (--split_by_name false treats them like all others)" if parts else ""
+    return "; ".join(parts) + hint
 
 
 def _split_word(parts: Sequence[str]) -> SplitWord | None:

@@ -14,7 +14,7 @@ from gptforge.data.prepare.json_reader import (
 )
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.text_io import MAX_LINE_LENGTH, InputPart, TextFormat, split_lines
-from gptforge.errors import UserError, error_reason
+from gptforge.errors import UserError, error_reason, explain_os_error
 
 DELIMITERS = ",;\t|"
 PEEK_ROWS = 20  # rows to search for columns that contain text
@@ -86,6 +86,9 @@ def open_parquet(source: Source, text_format: TextFormat) -> Any:
         raise UserError(f"{source.name}: Parquet needs pyarrow: pip install pyarrow") from None
     try:
         file = pq.ParquetFile(source.path)
+    except PermissionError as error:
+        problem, hint = explain_os_error(error)
+        raise BadInput(problem, source.name, hint) from None
     except Exception as error:
         problem = f"damaged Parquet file ({error_reason(error)})"
         raise BadInput(problem, source.name, "download it again") from None

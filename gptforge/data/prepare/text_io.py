@@ -1,6 +1,7 @@
 """Files to text: decompressed, decoded and normalized block by block, in constant memory."""
 
 import codecs
+import errno
 import functools
 import gzip
 import hashlib
@@ -17,7 +18,7 @@ from typing import IO, Any, AnyStr
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.sources import COMPRESSION_BY_MAGIC, Source
-from gptforge.errors import UserError
+from gptforge.errors import UserError, explain_os_error
 
 # Large strings that alternate between one, two and four bytes per character fragment the heap of
 # the C library, which then grows with the text; small ones hardly do.
@@ -25,6 +26,7 @@ BLOCK_BYTES = 2**15
 MAX_LINE_LENGTH = 64 * 2**20  # per line or document: several copies must fit into memory
 MAX_SNIFF_BYTES = 2**26  # searched to guess the encoding of a file
 OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would take too much memory
+OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # what the file is not the cause of
 MAX_WINDOW_BYTES = 2**31  # of `zstd --long=31`, with which large dumps are compressed
 BOM = "\ufeff"
 HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 3.14 and later
@@ -125,7 +127,10 @@ class InputPart:
             raise UserError(f"{source.name}: the file no longer exists") from None
         except OSError as error:
             error.filename = error.filename or source.name  # a failed read does not name the file
-            raise
+            if not self.bad_input.skip or error.errno in OUT_OF_RESOURCES:
+                raise
+            problem, hint = explain_os_error(error)
+            raise BadInput(problem, source.name, hint) from error
 
     def read_chunks(self) -> Iterator[Chunk]:
         """The text from `start` to `stop` in chunks."""
