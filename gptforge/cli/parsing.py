@@ -297,4 +297,7 @@ def _one_line(box: str, prog: str, cls: type, args: Sequence[str]) -> str:
     mistake = re.sub(r"^Error parsing (--\w+):", r"\1", mistake)
     for python_words, words in NUMBER_ERRORS.items():
         mistake = mistake.replace(python_words, words)
+    several = re.match(r"--(\w+) must be an? .*, not '(\S+,\S+)'", mistake)
+    if several and "grid" in names:
+        mistake += f"; several values: --grid {several[1]}={several[2]}"
     return f"{mistake} (see {prog} --help)"

@@ -22,6 +22,7 @@ from gptforge.errors import UserError
         (("--max_lr", "high"), "--max_lr must be a number, not 'high'"),
         (("bench", "--repeats", "1.5"), "a whole number, not '1.5' (see gptforge bench --help)"),
         (("bench", "--turns", "0"), "--repeats must be 1 or more"),
+        (("sweep", "--max_lr", "1e-3,2e-3"), "several values: --grid max_lr=1e-3,2e-3"),
         (("--max_steps",), "--max_steps"),
         (("--shuffle", "maybe"), "must be true or false"),
         (("--dtype", "int8"), "--dtype"),
