@@ -110,6 +110,8 @@ def work(flags: list[str], first: int, step: int, seconds: float) -> None:
         tensors = [torch.randn(shape, device="cuda").to(dtype) for shape, dtype in operands]
         try:
             name = kernel_names(functools.partial(plan._run, candidate, *tensors))
+        except torch.AcceleratorError:
+            raise
         except RuntimeError as error:
             print(f"end {number} refused: {error}", flush=True)
             continue
