@@ -213,7 +213,7 @@ def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
         muon_lr=_round(geometric("muon_lr")),
         weight_decay=_round(geometric("weight_decay")),
         muon_weight_decay=_round(geometric("muon_weight_decay")),
-        dropout=round(linear("dropout"), 2),
+        dropout=round(linear("dropout") * 20) / 20,
         token_noise=round(linear("token_noise"), 2),
         teachers=round(linear("teachers")),
     )
