@@ -96,10 +96,16 @@ def launch(
         RequestFilter(app, allowed_hosts={host, *allowed_hosts}),
         lifespan="off", ws="none", log_level="error", timeout_graceful_shutdown=5,
     )  # fmt: skip
-    server = uvicorn.Server(config)
     address, bound_port = listener.getsockname()[:2]
     name = f"[{address}]" if ":" in address else host
-    safe_print(f"{title}: http://{name}:{bound_port} (Ctrl-C ends it)")
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            # Not before: Ctrl-C while asyncio starts would leave a traceback.
+            safe_print(f"{title}: http://{name}:{bound_port} (Ctrl-C ends it)")
+
+    server = Server(config)
     asyncio.run(server.serve(sockets=[listener]))
 
 
