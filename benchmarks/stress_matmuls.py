@@ -5,7 +5,7 @@
 A kernel that fails only when the GPU switches between processes fails here within seconds instead
 of hours: each of the kernels that autotuning can choose for the GEMMs of a step runs without a
 pause, in as many processes as `--jobs`. A process that a failure ends is started again with the
-next kernel. After `--`, the flags of a run; its layers are all alike, so one is enough.
+next kernel. After `--` come the flags of a run, which has one layer by default: all are alike.
 
 Prints one line for each kernel: the GEMM, cuBLASLt's attributes of the kernel, its name, and how
 often it ran or the error. The exit status is 1 if one failed.

@@ -234,7 +234,7 @@ def _affordable(anchors: Sequence[Anchor], flops: float) -> float:
 
 def _training_flops(a: Anchor) -> float:
     vocab_size = VOCAB_SIZES.get(a.tokenizer, default_vocab_size(round(a.megabytes * 1e6)))
-    model = GPTConfig(a.context_length, vocab_size, a.n_layer, a.n_embd // 64, a.n_embd)
+    model = GPTConfig(a.context_length, vocab_size, a.n_layer, n_head=1, n_embd=a.n_embd)
     tokens = a.max_steps * a.sequences * a.context_length
     # As `teachers.cost_with_teachers`, before there is a Config.
     with_teachers = 1 + a.teachers * (1 / 3 + TEACHER_STEPS_SHARE)
