@@ -96,8 +96,8 @@ def kernel_names(run: Any) -> str:
     return " ".join(sorted({event.name for event in profile.events()}))
 
 
-def work(flags: list[str], first: int, step: int, seconds: float) -> None:
-    """Run the kernels `first`, `first + step`, and so on; says which before it runs."""
+def work(flags: list[str], first: int, step: int, seconds: float, only: str) -> None:
+    """Run the kernels `first`, `first + step`, and so on, if `only` is in their names."""
     gemms = record_gemms(flags)
     kernels = [(*gemm, index) for gemm in gemms for index in range(len(gemm[0]._candidates))]
     for number in range(first, len(kernels), step):
@@ -115,6 +115,9 @@ def work(flags: list[str], first: int, step: int, seconds: float) -> None:
         except RuntimeError as error:
             print(f"end {number} refused: {error}", flush=True)
             continue
+        if only not in name:
+            print(f"end {number} {name}: skipped", flush=True)
+            continue
         count, end = 0, time.monotonic() + seconds
         while time.monotonic() < end:
             for _ in range(RUNS_BETWEEN_CHECKS):
@@ -124,12 +127,12 @@ def work(flags: list[str], first: int, step: int, seconds: float) -> None:
         print(f"end {number} {name}: {count:,} runs", flush=True)
 
 
-def supervise(job: int, jobs: int, seconds: float, flags: list[str]) -> int:
+def supervise(job: int, jobs: int, seconds: float, only: str, flags: list[str]) -> int:
     """Run every `jobs`-th kernel in processes of their own; returns how many failed."""
     first, num_failed = job, 0
     while True:
         command = [sys.executable, __file__, "--work", str(first), "--jobs", str(jobs)]
-        command += ["--seconds", str(seconds), "--", *flags]
+        command += ["--seconds", str(seconds), "--only", only, "--", *flags]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -158,18 +161,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=4, help="processes at once")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each kernel")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only kernels with it in their name"
+    )
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
     args, flags = sys.argv[1:], []
     if "--" in args:
         args, flags = args[: args.index("--")], args[args.index("--") + 1 :]
     options = parser.parse_args(args)
     if options.work is not None:
-        work(flags, options.work, options.jobs, options.seconds)
+        work(flags, options.work, options.jobs, options.seconds, options.only)
         return
     with ThreadPoolExecutor(options.jobs) as pool:
         failures = sum(
             pool.map(
-                lambda job: supervise(job, options.jobs, options.seconds, flags),
+                lambda job: supervise(job, options.jobs, options.seconds, options.only, flags),
                 range(options.jobs),
             )
         )
