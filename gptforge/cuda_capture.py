@@ -22,6 +22,9 @@ def cuda_graph_capture(graph: "torch.cuda.CUDAGraph") -> Iterator[None]:
         collects_garbage = gc.isenabled()
         gc.disable()
         try:
+            # cuBLAS then allocates a workspace in the memory of this graph. Otherwise it uses that
+            # of an earlier graph, which is freed together with that graph (pytorch/pytorch#193402).
+            torch._C._cuda_clearCublasWorkspaces()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 yield
         finally:

@@ -1,4 +1,7 @@
-"""Capture of CUDA graphs beside garbage collection and saves; the graph is a stand-in on a CPU."""
+"""Capture of CUDA graphs beside garbage collection, saves and other graphs.
+
+On a CPU, the graph is a stand-in.
+"""
 
 import contextlib
 import gc
@@ -10,6 +13,15 @@ import torch
 
 from gptforge.checkpoint import async_saver
 from gptforge.cuda_capture import CUDA_CAPTURE_LOCK, cuda_graph_capture
+
+
+@pytest.fixture(autouse=True)
+def clears(monkeypatch) -> MagicMock:
+    """Calls that clear cuBLAS's workspaces, which torch lacks without CUDA."""
+    name = "_cuda_clearCublasWorkspaces"
+    clear = MagicMock(side_effect=getattr(torch._C, name, None))
+    monkeypatch.setattr(torch._C, name, clear, raising=False)
+    return clear
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -34,6 +46,38 @@ def test_no_garbage_is_collected_during_a_capture(monkeypatch, enabled) -> None:
     finally:
         (gc.enable if was_enabled else gc.disable)()
     assert seen == [False] * 4
+
+
+def test_a_graph_does_not_use_the_workspace_of_an_earlier_one(monkeypatch, clears) -> None:
+    calls = clears.mock_calls
+
+    @contextlib.contextmanager
+    def graph(graph, capture_error_mode):
+        assert len(calls) == 1
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with cuda_graph_capture(None):
+        pass
+    assert len(calls) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_graph_outlives_an_earlier_one_with_matmuls() -> None:
+    # Few outputs and a long sum: cuBLAS splits the sum, and needs a workspace.
+    a = torch.ones(64, 2**16, device="cuda", dtype=torch.bfloat16)
+    expected = a @ a.t()
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    for graph in graphs:
+        with cuda_graph_capture(graph):
+            product = a @ a.t()
+    del graph, graphs[0]
+    torch.cuda.empty_cache()
+    others = [torch.full((2**20,), 7.0, device="cuda") for _ in range(32)]  # in what became free
+    for _ in range(10):
+        graphs[0].replay()
+    assert torch.equal(product, expected)
+    assert all(bool((other == 7).all()) for other in others)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
