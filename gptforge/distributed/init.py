@@ -119,11 +119,10 @@ def _wait_until_listening(address: str, port: int, timeout: float) -> None:
         remaining = max(deadline - time.monotonic(), POLL_SECONDS)
         try:
             socket.create_connection((address, port), remaining).close()
+            return
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise RuntimeError(error_reason(error)) from error
-        else:
-            return
         time.sleep(POLL_SECONDS)
 
 
