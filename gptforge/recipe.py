@@ -221,7 +221,7 @@ def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
 
 
 def _affordable(anchors: Sequence[Anchor], flops: float) -> float:
-    """Megabytes up to which the configuration of any text makes enough of its steps in `flops`."""
+    """Largest text, in MB, up to which all configurations make enough of their steps in `flops`."""
     first, last = anchors[0].megabytes, anchors[-1].megabytes
     sizes = (first * (last / first) ** (i / NUM_SIZES) for i in range(NUM_SIZES + 1))
     # No bisection: the cost falls at the sizes from which there is one teacher less.

@@ -33,7 +33,7 @@ STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time 
 SWEEP_DATA = "sweep-data"
 """Folder beside the trials of a sweep, with the text that they read; locked while it runs."""
 NO_FACTS = frozenset({"event", "time", "command", "step", "max_steps", "checkpoint"})
-"""Fields of start and resume events that say nothing of machine or program."""
+"""Fields of start and resume events that describe neither machine nor program."""
 RATE_TOLERANCE = 1e-6
 """Relative difference of learning rates that are the same: of the rounding of a cosine."""
 COMPLETE = frozenset(STATES.values())

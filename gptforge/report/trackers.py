@@ -245,8 +245,8 @@ class Trackers:
         try:
             yield
         except BaseException as error:
-            # A signal raises no SystemExit; a tracker that calls sys.exit must not end the run,
-            # nor its own thread without a word.
+            # A signal raises no SystemExit; a tracker that calls sys.exit must neither end the run
+            # nor its own thread silently.
             if not (is_failure(error) or isinstance(error, SystemExit)):
                 raise
             if name not in self._failed:

@@ -100,7 +100,7 @@ class StopSignal:
 
     def should_stop(self) -> bool:
         """Whether a signal has arrived or the time is up."""
-        return self.stop_reason() is not None
+        return self._signal is not None or time.monotonic() >= self._deadline
 
     def __enter__(self) -> Self:
         # Or a scheduler with a short limit would restart a slow startup forever.
