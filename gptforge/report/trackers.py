@@ -161,8 +161,10 @@ def open_mlflow(id: str, folder: Path, config: Config) -> Tracker:
 
 
 OPENERS: dict[str, Callable[[str, Path, Config], Tracker]] = {
-    **{"tensorboard": open_tensorboard, "wandb": open_wandb},
-    **{"trackio": open_trackio, "mlflow": open_mlflow},
+    "tensorboard": open_tensorboard,
+    "wandb": open_wandb,
+    "trackio": open_trackio,
+    "mlflow": open_mlflow,
 }
 
 
