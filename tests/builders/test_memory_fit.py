@@ -53,7 +53,7 @@ def test_nothing_fits(find) -> None:
 
 
 def test_teachers_are_the_reason_for_copies_of_the_model(caplog) -> None:
-    """The log said "as requested", although nobody had."""
+    """The log said "as requested" without a request."""
     comm = Comm()
     comm.world_size = 2
     caplog.set_level("INFO", "gptforge")
