@@ -254,7 +254,7 @@ FLAG_ONLY = frozenset({"restart", "config", "resume", "quiet", "verbose", "log_f
 """Apply to one start of the program, so a TOML file must not set them."""
 
 TEXT_FIELDS = ("input", "encoding", "field", "kind", "split_by_name", "raw_bin")
-"""Say what the text is, apart from how it is split and tokenized."""
+"""Fields that select the text, apart from how it is split and tokenized."""
 # Fields that may differ when a run resumes. Of batch_size and gradient_accumulation_steps, the
 # product may not.
 MAY_CHANGE_ON_RESUME = frozenset(

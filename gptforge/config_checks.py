@@ -80,7 +80,7 @@ def validate(config: Config) -> None:
 
 
 def unused_fields(config: Config, explicit: Collection[str]) -> list[tuple[str, str]]:
-    """Fields that the user set and that have no effect, and with which value of another field."""
+    """Fields that the user set without effect, each with the reason: "without --dropout"."""
     c = config
     unused = {
         "without --optimizer muon": ("muon_lr muon_weight_decay", c.optimizer != "muon"),

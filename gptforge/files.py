@@ -139,7 +139,7 @@ def add_filename_to_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None and "requested and" in str(error):
-            # numpy's tofile only reports how many items were written.
+            # numpy's tofile, with which gguf writes, only reports how many items were written.
             error.errno = errno.EFBIG if _has_file_size_limit() else errno.ENOSPC
             error.strerror = os.strerror(error.errno)
         if error.filename is None:

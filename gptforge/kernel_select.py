@@ -63,8 +63,7 @@ def sdpa_backend(config: Config, device: torch.device, dtype: torch.dtype) -> st
     shape = (1, config.n_head, config.context_length, config.n_embd // config.n_head)
     q = torch.zeros(shape, device=device, dtype=dtype)
     try:
-        choice = torch._fused_sdp_choice(q, q, q, None, 0.0, True)
+        kind = SDPBackend(torch._fused_sdp_choice(q, q, q, None, 0.0, True))
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return "unknown"
-    names = {int(kind): name for name, kind in SDPBackend.__members__.items()}  # type: ignore[call-overload]
-    return names.get(int(choice), "unknown").removesuffix("_ATTENTION").lower()
+    return kind.name.removesuffix("_ATTENTION").lower()

@@ -79,21 +79,18 @@ def lock_folder(folder: Path, *, wait: bool = False) -> FolderLock | None:
         UserError: if the folder cannot be created, or the lock file is not a regular file.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
-    problem: OSError | None = None
+    reason: str | None = None
     for _ in range(MAX_ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _acquire(folder, wait=wait)
-        except FileNotFoundError as error:
-            problem = error  # the previous owner has just removed the folder
-        except FileExistsError as error:
+        except (FileNotFoundError, FileExistsError) as error:
             if folder.exists() and not folder.is_dir():
                 raise
-            problem = error
+            reason = error.strerror  # or its previous owner has just removed it: try again
         else:
             return None if lock is None else FolderLock(folder, lock, created)
     # The folder of a device or of a process (/proc), or a dangling link.
-    reason = problem.strerror if problem else "unknown"
     raise UserError(f"{folder.as_posix()} cannot be created ({reason}): choose another folder")
 
 

@@ -4,6 +4,7 @@ A small text needs a small vocabulary, and is read many times: strong weight dec
 the model from memorizing it. With more text, the model grows and both fade.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -220,16 +221,14 @@ def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
 
 
 def _affordable(anchors: Sequence[Anchor], flops: float) -> float:
-    """Megabytes up to which the configuration of any text makes enough of its steps in `flops`."""
+    """Largest text, in MB, up to which all configurations make enough of their steps in `flops`."""
     first, last = anchors[0].megabytes, anchors[-1].megabytes
-    affordable = first
+    sizes = (first * (last / first) ** (i / NUM_SIZES) for i in range(NUM_SIZES + 1))
     # No bisection: the cost falls at the sizes from which there is one teacher less.
-    for i in range(NUM_SIZES + 1):
-        megabytes = first * (last / first) ** (i / NUM_SIZES)
-        if _training_flops(_interpolate(anchors, megabytes)) * MIN_STEPS_SHARE > flops:
-            break
-        affordable = megabytes
-    return affordable
+    affordable = itertools.takewhile(
+        lambda size: _training_flops(_interpolate(anchors, size)) * MIN_STEPS_SHARE <= flops, sizes
+    )
+    return max(affordable, default=first)
 
 
 def _training_flops(a: Anchor) -> float:

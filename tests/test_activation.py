@@ -13,7 +13,7 @@ from gptforge import load
 from gptforge.bench.baselines import transformers_model
 from gptforge.builders.export_model import export_gguf, export_hf
 from gptforge.builders.import_model import import_if_needed, import_model
-from gptforge.builders.load_model import load_bundle
+from gptforge.builders.load_model import load_saved
 from gptforge.checkpoint.format import read_config
 from gptforge.config import Config, GPTConfig
 from gptforge.convert.bundle import ModelBundle
@@ -130,7 +130,7 @@ def test_import_train_export_keeps_it(ckpt, bundle, program, play) -> None:
     assert (refused.code, "--activation gelu_tanh, but the model of" in refused.err) == (2, True)
     done = program(*flags)
     assert done.code == 0, done.err
-    assert load_bundle("run").config.activation == "gelu"
+    assert load_saved("run").bundle.config.activation == "gelu"
     export_hf("nano", Path("hf"))
     assert json.loads(Path("hf/config.json").read_text())["activation_function"] == "gelu"
     assert read_hf(Path("hf")).config.activation == "gelu"
@@ -190,7 +190,7 @@ def test_import_by_an_earlier_version_is_repeated(ckpt, program, monkeypatch) ->
             lambda **sizes: GPTConfig(**sizes | {"activation": "gelu_tanh"}),
         )
         import_model("ckpt.pt", Path("runs/imported/ckpt.pt"), tokenizer="byte")
-    assert load_bundle("runs/imported/ckpt.pt").config.activation == "gelu_tanh"
+    assert load_saved("runs/imported/ckpt.pt").bundle.config.activation == "gelu_tanh"
     with pytest.raises(UserError, match="256 tokens, and the file does not say which"):
         import_if_needed("ckpt.pt")
 

@@ -15,7 +15,7 @@ from gptforge.estimate.formulas import flops_per_token
 
 StepFn = Callable[[Tensor, Tensor], object]
 MIN_REPEAT_SECONDS = 1.0
-"""Least duration of a repeat, so that clocks and synchronization cost little."""
+"""Minimum duration of a repeat, so that clocks and synchronization cost little."""
 WARMUP_STEPS = 3
 
 

@@ -122,13 +122,11 @@ def _init_weights(model: GPT, config: Config, comm: Comm) -> None:
         return
     path, tensors = Path(), StateDict()
     if comm.is_main:
-        path, tensors = checkpoints.read_checkpoint(config.init_from, _read_weights)
+        path, tensors = checkpoints.read_checkpoint(
+            config.init_from, lambda path: (path, checkpoints.read_tensors(path, checkpoints.MODEL))
+        )
     check_finite(tensors, f"--init_from {config.init_from}")
     load_model_state_dict(model, tensors, source=path.as_posix(), comm=comm)
-
-
-def _read_weights(path: Path) -> tuple[Path, StateDict]:
-    return path, checkpoints.read_tensors(path, checkpoints.MODEL)
 
 
 def _try_manual_backward(step: TrainStep, config: Config) -> str:

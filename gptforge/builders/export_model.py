@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gptforge import __version__, files
-from gptforge.builders.load_model import SavedModel, load_bundle, load_saved
+from gptforge.builders.load_model import SavedModel, load_saved
 from gptforge.builders.prompts import suggest_prompts
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.out_dir import CURVES, METRICS, SAMPLES
@@ -123,7 +123,7 @@ def export_space(run: str, out: Path) -> None:
             title, prompts = model_title(run), suggest_prompts(run, run_config)
             write_space(folder, bundle, origin, title=title, prompts=prompts, config=config)
             meter(2, 3, "comparing weights")
-            written = load_bundle(folder).state_dict
+            written = load_saved(folder).bundle.state_dict
             if any(not t.equal(bundle.state_dict[name]) for name, t in written.items()):
                 raise RunError("the weights in the Space are not those of the run: it is not kept")
     logger.info(

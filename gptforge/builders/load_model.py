@@ -1,6 +1,5 @@
 """Load the model of a run, a checkpoint or an exported folder, for inference."""
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,7 @@ def load(
     Raises:
         UserError: if there is no checkpoint, or it is damaged.
     """
-    return language_model(load_bundle(run), device=device, dtype=dtype)
+    return language_model(load_saved(run).bundle, device=device, dtype=dtype)
 
 
 def language_model(
@@ -75,11 +74,6 @@ def limit_threads(model: LanguageModel) -> None:
         torch.set_num_threads(1)
 
 
-def load_bundle(run: str | Path) -> ModelBundle:
-    """Load shape, weights and tokenizer; see `load_saved`."""
-    return load_saved(run).bundle
-
-
 def load_saved(run: str | Path, *, with_state: bool = False) -> SavedModel:
     """Load a model from a run, a checkpoint or an exported folder, perhaps with its training state.
 
@@ -96,8 +90,9 @@ def load_saved(run: str | Path, *, with_state: bool = False) -> SavedModel:
             f"{path} does not exist here: download it once with gptforge import {path} "
             f"runs/{path.name}, and give runs/{path.name}"
         )
-    load_checkpoint = functools.partial(_load_checkpoint, with_state=with_state)
-    return checkpoints.read_checkpoint(str(path), load_checkpoint)
+    return checkpoints.read_checkpoint(
+        str(path), lambda checkpoint: _load_checkpoint(checkpoint, with_state=with_state)
+    )
 
 
 def _load_checkpoint(path: Path, *, with_state: bool) -> SavedModel:

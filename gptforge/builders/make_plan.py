@@ -54,8 +54,12 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
     memory, fits = estimator.memory(micro_batch), estimator.fits(micro_batch)
     params = formulas.num_params(c.model)
     flops_per_token = formulas.flops_per_token(c.model, c.context_length)
-    run, disk = _plan_run(c, dataset), _plan_disk(c, dataset)
-    warnings = [memorization_warning(c, run["epochs"], tokens=len(dataset.train))]
+    sequences = sequences_per_epoch(
+        len(dataset.train), c.context_length, random_offset=c.random_offset
+    )
+    tokens, epochs = c.max_steps * c.tokens_per_step, c.max_steps * c.global_batch_size / sequences
+    disk = _plan_disk(c, dataset)
+    warnings = [memorization_warning(c, epochs, tokens=len(dataset.train))]
     if not fits:
         warnings.append(f"memory: {estimator.suggest_fix(micro_batch, is_explicit=is_explicit)}")
     if c.teachers:
@@ -89,11 +93,16 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
             "micro_batch": micro_batch,
             "requested_micro_batch": c.batch_size,
         },
-        "run": run,
+        "run": {
+            "steps": c.max_steps,
+            "tokens": tokens,
+            "epochs": epochs,
+            "tokens_per_parameter": tokens / params,
+        },
         "flops": {
             "per_token": flops_per_token,
             "per_step": flops_per_token * c.tokens_per_step,
-            "run": flops_per_token * c.tokens_per_step * c.max_steps,
+            "run": flops_per_token * tokens,
             "formula": "6 N + 12 L C T",
         },
         "memory": {
@@ -126,19 +135,6 @@ def memorization_warning(config: Config, epochs: float, *, tokens: int) -> str:
         f"{params / tokens:.1f} parameters for each of its tokens, may memorize it: use more "
         f"text, a smaller model or --dropout{kept if config.val_fraction else ''}"
     )
-
-
-def _plan_run(c: Config, dataset: Dataset) -> dict[str, Any]:
-    tokens = c.max_steps * c.tokens_per_step
-    sequences = sequences_per_epoch(
-        len(dataset.train), c.context_length, random_offset=c.random_offset
-    )
-    return {
-        "steps": c.max_steps,
-        "tokens": tokens,
-        "epochs": c.max_steps * c.global_batch_size / sequences,
-        "tokens_per_parameter": tokens / formulas.num_params(c.model),
-    }
 
 
 def _plan_disk(c: Config, dataset: Dataset) -> dict[str, Any]:

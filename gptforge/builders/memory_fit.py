@@ -100,7 +100,9 @@ def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: C
             )
         return False
     is_sharded, reason = config.parallel == "fsdp", "as requested"
-    if config.parallel == "auto" and not config.teachers:
+    if config.parallel == "auto" and config.teachers:
+        reason = "teachers need a full copy on each"
+    elif config.parallel == "auto":
         memory = training_memory(config, 1, mixed_precision=precision.is_mixed)
         needed = sum(memory.values())
         free = usable_memory(device) if device.type == "cuda" else None

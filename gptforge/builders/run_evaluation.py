@@ -63,6 +63,9 @@ def evaluate_run(
     """
     saved = load_saved(run, with_state=True)
     model, config = language_model(saved.bundle, device=device), _config(saved)
+    tokenizer_path = saved.path / NATIVE_TOKENIZER
+    if not tokenizer_path.is_file():
+        tokenizer_path = saved.path / checkpoints.TOKENIZER
     options = data_options
     if not data:
         options = DatasetOptions(
@@ -76,7 +79,7 @@ def evaluate_run(
         options,
         tokenizer=model.tokenizer,
         require_tokenizer=True,
-        model_tokenizer=_tokenizer_path(saved).as_posix(),
+        model_tokenizer=tokenizer_path.as_posix(),
     )
     if data:
         tokens = _open_data(str(run), data, options, config.val_fraction, saved.state)
@@ -104,11 +107,6 @@ def evaluate_run(
 def _config(saved: SavedModel) -> Config:
     """The configuration; an exported model is evaluated with its full context."""
     return saved.config or Config(context_length=saved.bundle.config.block_size)
-
-
-def _tokenizer_path(saved: SavedModel) -> Path:
-    native = saved.path / NATIVE_TOKENIZER
-    return native if native.is_file() else saved.path / checkpoints.TOKENIZER
 
 
 def _open_data(

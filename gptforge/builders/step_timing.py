@@ -1,4 +1,4 @@
-"""Build a training step without a run, time it, and make as many as a time limit allows."""
+"""Build a training step without a run, time it, and fit max_steps to a time limit."""
 
 import dataclasses
 import logging

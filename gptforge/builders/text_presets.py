@@ -125,7 +125,7 @@ def explain_recipe(
     *,
     time_limit: float = 0.0,
 ) -> list[str]:
-    """What was chosen, and why; not `fixed`, of which the user set the fields `explicit`."""
+    """Explain the chosen values. Of the `fixed` ones, those in `explicit` were set by the user."""
     v: dict[str, Any] = {**recipe.values, **fixed}
     vocabulary = {
         "char": "a larger vocabulary would need more text",

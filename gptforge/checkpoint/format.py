@@ -242,7 +242,7 @@ def read_config(path: Path, *, with_model: bool = True) -> Config:
     """Read and validate the configuration of a checkpoint.
 
     The model that it describes must fit the file of weights: a few bytes of a hostile config must
-    not make anybody allocate a terabyte. Without `with_model` the file may be corrupt.
+    not cause an allocation of a terabyte. Without `with_model` the file may be corrupt.
     """
     values, _ = read_toml(path / CONFIG)
     config = merge(Config(), values, source=str(path / CONFIG))

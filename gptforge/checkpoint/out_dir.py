@@ -142,7 +142,7 @@ def _inputs_inside(config: Config, folder: Path) -> str:
 
 
 def has_files(folder: Path, *, ignore: Collection[str] = ()) -> bool:
-    """Whether a folder holds files that are not hidden: a crash may leave hidden ones of ours."""
+    """Whether a folder holds files that are not hidden, as those that a crash may leave are."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return any(not name.startswith(".") for name in names.difference(ignore))
 

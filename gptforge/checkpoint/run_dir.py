@@ -179,14 +179,14 @@ def resume_config(
         UserError: saying what differs in the run: configuration, tokenizer or text.
     """
     old, folder = checkpoints.read_config(checkpoint), Path(config.out_dir)
-    for name in {"warmup_steps", "patience"}.difference(explicit):
-        config = dataclasses.replace(config, **{name: getattr(old, name)})
+    kept = {name: getattr(old, name) for name in {"warmup_steps", "patience"}.difference(explicit)}
+    kept["max_steps"] = max(config.max_steps, old.max_steps)
     # A tokenizer is compared by content, not by path.
-    max_steps = max(config.max_steps, old.max_steps)
-    config = dataclasses.replace(config, tokenizer=old.tokenizer, max_steps=max_steps)
+    kept["tokenizer"] = old.tokenizer
     has_other_tokenizer = checkpoints.read_tokenizer(checkpoint).to_json() != tokenizer.to_json()
     if has_other_tokenizer and "vocab_size" not in explicit:
-        config = dataclasses.replace(config, vocab_size=old.vocab_size)  # it follows the tokenizer
+        kept["vocab_size"] = old.vocab_size  # it follows the tokenizer
+    config = dataclasses.replace(config, **kept)
     conflicts = resume_conflicts(old, config)
     if has_other_tokenizer:
         conflicts.append("tokenizer: not the one that the run was started with")

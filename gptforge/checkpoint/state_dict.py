@@ -84,7 +84,7 @@ def model_state_dict(model: GPT, comm: Comm = SINGLE_PROCESS) -> StateDict:
 
     Copies, as training changes the originals while they are being saved.
     """
-    return _gather_on_rank0(untied_state_dict(model), comm)
+    return gather_on_rank0(untied_state_dict(model), comm)
 
 
 def load_model_state_dict(
@@ -107,7 +107,7 @@ def optimizer_state_dict(
 
     `raw_weights` are what the optimizer trains where the model has an average of them.
     """
-    return _gather_on_rank0(_optimizer_tensors(model, optimizer, raw_weights), comm)
+    return gather_on_rank0(_optimizer_tensors(model, optimizer, raw_weights), comm)
 
 
 def load_optimizer_state_dict(
@@ -208,7 +208,8 @@ def untied_state_dict(model: GPT) -> StateDict:
     return {name: tensor for name, tensor in model.state_dict().items() if name != TIED_WEIGHT}
 
 
-def _gather_on_rank0(tensors: StateDict, comm: Comm) -> StateDict:
+def gather_on_rank0(tensors: StateDict, comm: Comm) -> StateDict:
+    """Full copies of sharded tensors on rank 0, an empty dict on the others; a collective."""
     copies = {name: gather_full_tensor(tensor, comm) for name, tensor in tensors.items()}
     return {name: copy for name, copy in copies.items() if copy is not None}
 

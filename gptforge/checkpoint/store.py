@@ -154,9 +154,10 @@ class CheckpointStore:
             except (UserError, OSError):
                 continue
             is_best = progress["best_step"] == step_from_path(path)
-            is_better = loss is None or (progress["best_loss"] or loss) < loss
+            best_loss = progress["best_loss"]
+            is_better = best_loss is not None and (loss is None or best_loss < loss)
             if is_best and is_better and not find_corruption(path, checkpoints.INFERENCE_FILES):
-                best, loss = path, progress["best_loss"]
+                best, loss = path, best_loss
         return best
 
     def discard_after(self, step: int, why: Literal["diverged", "decayed"] = "diverged") -> None:
@@ -183,7 +184,7 @@ class CheckpointStore:
         for path in [*others[: max(0, len(others) - keep)], *leftovers]:
             # Renamed first, so that an interrupted deletion leaves no partial checkpoint.
             hidden = path.with_name(f".{path.name.strip('.').removesuffix('.partial')}.partial")
-            with suppress(FileNotFoundError):  # somebody else deletes it
+            with suppress(FileNotFoundError):  # another process deletes it
                 if hidden != path:
                     path.rename(hidden)
                 files.remove(hidden)

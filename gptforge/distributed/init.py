@@ -90,7 +90,7 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
         watchdog.start()
         if rank == 0 and (failure := host_rendezvous(server, attempt, world_size, join_timeout)):
             watchdog.exit(*failure)
-        # A rank 0 that serves the store answers as long as it lives; the watchdog checks on it.
+        # A rank 0 that serves the store answers as long as it is alive; the watchdog checks on it.
         server.set_timeout(COLLECTIVE_TIMEOUT)
         store = PrefixStore(attempt, server)
         gpu = local_device if local_device.type == "cuda" else None
@@ -119,16 +119,15 @@ def _wait_until_listening(address: str, port: int, timeout: float) -> None:
         remaining = max(deadline - time.monotonic(), POLL_SECONDS)
         try:
             socket.create_connection((address, port), remaining).close()
+            return
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise RuntimeError(error_reason(error)) from error
-        else:
-            return
         time.sleep(POLL_SECONDS)
 
 
 def join_rendezvous(store: Store, rank: int, world_size: int, timeout: float) -> str:
-    """Meet rank 0 in the launcher's store; returns the key prefix of this attempt.
+    """Join rank 0 through the launcher's store; returns the key prefix of this attempt.
 
     The launcher's store outlives a restart, with all keys of earlier attempts, and launchers on
     several machines count restarts independently. So every rank posts a random token and waits

@@ -243,8 +243,8 @@ class HeartbeatMonitor:
     def find_stall(self, beats: Heartbeats) -> str | None:
         """Ranks that hang, or before the first step a deadlock, given the heartbeats of all.
 
-        Preparing a text may take long, so before the first step waiting for a rank that lives is no
-        failure; a note says now and then which one the others wait for.
+        Preparing a text may take long, so before the first step it is no failure to wait for a rank
+        that is alive; a note says from time to time which one the others wait for.
         """
         now = time.monotonic()
         progress = [int(beat["progress"]) for beat in beats.values()]
@@ -279,7 +279,7 @@ class HeartbeatMonitor:
             return None
         return (
             f"all {len(beats)} ranks have waited for each other for {idle:.0f} seconds: "
-            "they live, but their data does not arrive. On several machines, GLOO_SOCKET_IFNAME or "
+            "they are alive, but receive no data. On several machines, GLOO_SOCKET_IFNAME or "
             "NCCL_SOCKET_IFNAME names the network interface that reaches the others"
         )
 

@@ -8,7 +8,7 @@ from gptforge.config import Config
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of a step, from 0 to `max_steps`, where the decay ends.
 
-    Linear warmup to `max_lr`, then the decay that `schedule` says:
+    Linear warmup to `max_lr`, then the decay that `schedule` names:
 
     - cosine: half a cosine down to `min_lr` (Loshchilov and Hutter, 2017), as in GPT-3.
     - linear: a straight line down to `min_lr`.

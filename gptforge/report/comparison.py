@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def verdict(self) -> list[str]:
-        """What may be concluded, in sentences."""
+        """The conclusions, as sentences."""
         if self.metric is None:
             return ["No verdict: the losses of these runs cannot be compared."]
         what = METRIC_NAMES[self.metric]

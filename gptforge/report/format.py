@@ -10,11 +10,12 @@ from gptforge.printable import pluralize, printable
 
 def format_count(count: float) -> str:
     """'861 M', '113 T', '28.6 K': three digits and an SI prefix."""
-    value, prefixes = float(count), iter(("", " K", " M", " G", " T", " P", " E", " Z"))
-    prefix = next(prefixes)
-    while value >= 999.5:
-        value, prefix = value / 1000, next(prefixes)
-    return f"{value:.3g}{prefix}"
+    value = float(count)
+    for prefix in ("", " K", " M", " G", " T", " P", " E"):
+        if value < 999.5:
+            return f"{value:.3g}{prefix}"
+        value /= 1000
+    return f"{value:.3g} Z"
 
 
 def format_bytes(count: int) -> str:

@@ -33,7 +33,7 @@ STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time 
 SWEEP_DATA = "sweep-data"
 """Folder beside the trials of a sweep, with the text that they read; locked while it runs."""
 NO_FACTS = frozenset({"event", "time", "command", "step", "max_steps", "checkpoint"})
-"""Fields of start and resume events that say nothing of machine or program."""
+"""Fields of start and resume events that describe neither machine nor program."""
 RATE_TOLERANCE = 1e-6
 """Relative difference of learning rates that are the same: of the rounding of a cosine."""
 COMPLETE = frozenset(STATES.values())
@@ -74,16 +74,13 @@ class RunInfo:
 
         They differ if one was extended: it followed the schedule of fewer steps before.
         """
-        rates = {event["step"]: event["lr"] for event in other.history.train}
-        pairs = [
-            (event["lr"], rates[event["step"]])
-            for event in self.history.train
-            if event["step"] in rates
-        ]
+        rates, other_rates = (
+            {event["step"]: event["lr"] for event in run.history.train if event["lr"] is not None}
+            for run in (self, other)
+        )
         is_same = all(
-            math.isclose(lr, other_lr, rel_tol=RATE_TOLERANCE)
-            for lr, other_lr in pairs
-            if lr is not None and other_lr is not None
+            math.isclose(rates[step], other_rates[step], rel_tol=RATE_TOLERANCE)
+            for step in rates.keys() & other_rates
         )
         if not self.config.dropout or not self.config.dropout_ramp:
             return is_same

@@ -254,7 +254,7 @@ class RunReport:
             path = save_report(self.run_dir, pending=pending, program=self.program)
             return f"\nReport: {shown(path)}"
         except Exception as error:
-            # A run must not fail at its end for want of a page.
+            # A run must not fail because its report cannot be written.
             retry = f"{self.program} report {quote(shown(self.run_dir))}"
             self.log(f"note: no report was written ({error}); retry: {retry}", logging.WARNING)
             return ""

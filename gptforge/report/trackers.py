@@ -161,8 +161,10 @@ def open_mlflow(id: str, folder: Path, config: Config) -> Tracker:
 
 
 OPENERS: dict[str, Callable[[str, Path, Config], Tracker]] = {
-    **{"tensorboard": open_tensorboard, "wandb": open_wandb},
-    **{"trackio": open_trackio, "mlflow": open_mlflow},
+    "tensorboard": open_tensorboard,
+    "wandb": open_wandb,
+    "trackio": open_trackio,
+    "mlflow": open_mlflow,
 }
 
 
@@ -245,8 +247,8 @@ class Trackers:
         try:
             yield
         except BaseException as error:
-            # A signal raises no SystemExit; a tracker that calls sys.exit must not end the run,
-            # nor its own thread without a word.
+            # A signal raises no SystemExit; a tracker that calls sys.exit must neither end the run
+            # nor its own thread silently.
             if not (is_failure(error) or isinstance(error, SystemExit)):
                 raise
             if name not in self._failed:

@@ -1,9 +1,10 @@
 """A few sentences on what a run has learned, by its losses."""
 
-from typing import Any
+import math
+import statistics
 
 from gptforge.report.format import format_epochs, format_val_loss
-from gptforge.report.metrics import FINAL_FIELDS, Event, History
+from gptforge.report.metrics import FINAL_FIELDS, Event, History, series
 from gptforge.shell import quote
 
 LEVEL = 0.005  # losses within half a percent of each other count as equal
@@ -38,7 +39,7 @@ def verdict(
 def _without_val(history: History, split_hint: str) -> list[str]:
     if not history.train:
         return ["No step was logged."]
-    loss = float(history.train[-1]["loss"] or float("nan"))
+    [loss] = series(history.train[-1:], "loss")
     return [
         f"Training loss {loss:.4f} nats per token after {format_epochs(history.epochs)} epochs.",
         "No text was held out, so this measures how well the text is memorized, not how well the "
@@ -142,6 +143,6 @@ def _is_early(event: Event, last: Event) -> bool:
 
 def _mean_train_loss(history: History, step: int) -> float:
     """Mean of the last few finite training losses that were logged before `step`."""
-    losses: list[Any] = [event["loss"] for event in history.train if event["step"] < step]
-    recent = [float(loss) for loss in losses if loss is not None][-MEAN_OVER:]
-    return sum(recent) / len(recent) if recent else float("nan")
+    losses = series((event for event in history.train if event["step"] < step), "loss")
+    recent = list(filter(math.isfinite, losses))[-MEAN_OVER:]
+    return statistics.fmean(recent) if recent else math.nan

@@ -1,7 +1,7 @@
 """Detects NaN, Inf and spikes in the loss without making the device wait.
 
 Each loss is read a few steps late, when the device has computed it already. The delay is harmless:
-a step with NaN or Inf has been skipped on the device by `OptimizerStep` (OLMo-core's SkipStep).
+a step with NaN or Inf has been skipped on the device by `optimizer_step` (OLMo-core's SkipStep).
 """
 
 import math

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,19 @@ from gptforge.optim.ema import WeightEMA
 from gptforge.optim.optimizer import Optimizer
 from gptforge.training.backends.autograd import AutogradBackend
 from gptforge.training.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
-from gptforge.training.backends.factory import build_backend
+from gptforge.training.backends.float8 import Float8Backend
 from gptforge.training.backends.manual import ManualBackend
 from gptforge.training.backends.manual_layers import grad_groups
 from gptforge.training.distillation import Distillation
 from gptforge.training.grad_buffer import AutogradGradBuffer
-from gptforge.training.optimizer_step import OptimizerStep
+from gptforge.training.optimizer_step import optimizer_step
 from gptforge.training.parallel.fsdp import FSDPRoot, gather_model
-from gptforge.training.parallel.grad_reducer import GradReducer
+from gptforge.training.parallel.grad_reducer import BucketedAllReduce, GradReducer
+from gptforge.training.parallel.zero1 import (
+    AllGatheredWeights,
+    BucketedReduceScatter,
+    ShardedGradBuffer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,20 +78,11 @@ class TrainStep:
         self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
         self.ema = WeightEMA(model, config.ema) if config.ema else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
-        params = [p for group in grad_groups(model) for p in group]
-        self._build_backend = functools.partial(
-            build_backend,
-            model,
-            precision,
-            scaler=self._scaler,
-            activation_checkpointing=config.activation_checkpointing,
-            loss_chunk=config.loss_chunk,
-            comm=comm,
-            root=root,
-            # Built once, if at all: the hooks that it registers on the parameters are not removed.
-            autograd_grads=functools.cache(functools.partial(AutogradGradBuffer, params)),
-            distillation=distillation,
-        )
+        self._backend_options: dict[str, Any] = {
+            "activation_checkpointing": config.activation_checkpointing,
+            "loss_chunk": config.loss_chunk,
+            "distillation": distillation,
+        }
         self.set_kernels(kernels)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
@@ -158,9 +155,63 @@ class TrainStep:
         self.reducer: GradReducer
         backend, self.reducer = self._build_backend(kernels)
         self.backend: AutogradBackend | ManualBackend | CudaGraphBackend = backend
-        self._optimizer_step: Callable[..., Tensor] = OptimizerStep(
-            self.optimizer, backend, self._scaler, self.ema, self._max_norm
+        self._optimizer_step: Callable[..., Tensor] = functools.partial(
+            optimizer_step, self.optimizer, backend, self._scaler, self.ema, self._max_norm
         )
+
+    def _build_backend(
+        self, kernels: KernelConfig
+    ) -> tuple[AutogradBackend | ManualBackend, GradReducer]:
+        """Build the backend that `kernels` names, and the gradient reduction that goes with it.
+
+        | ranks | autograd | manual backward |
+        | --- | --- | --- |
+        | one | gradients where autograd puts them | gradient buffer |
+        | several | gradient buffer, all-reduced | gradient buffer, all-reduced |
+        | several, sharded | FSDP | ZeRO-1 |
+        """
+        comm, root, dtype = self._comm, self._root, self.precision.dtype
+        reducer = GradReducer(comm)
+        if not kernels.manual_backward:
+            grads = None
+            if root is None and comm.world_size > 1:
+                grads = self._autograd_grads
+                reducer = BucketedAllReduce(comm, grads)
+                grads.on_grads_ready = reducer.grads_ready
+            autograd = AutogradBackend(
+                self.model,
+                self.precision,
+                kernels,
+                scaler=self._scaler,
+                grads=grads,
+                root=root,
+                world_size=comm.world_size,
+                **self._backend_options,
+            )
+            return autograd, reducer
+
+        backend_class = Float8Backend if kernels.float8 else ManualBackend
+        if root is not None:
+            manual = backend_class(
+                self.model,
+                dtype,
+                weights=AllGatheredWeights(dtype, root, comm),
+                make_grads=functools.partial(ShardedGradBuffer, comm=comm),
+                **self._backend_options,
+            )
+            assert isinstance(manual.grads, ShardedGradBuffer)
+            reducer = BucketedReduceScatter(comm, manual.grads)
+        else:
+            manual = backend_class(self.model, dtype, **self._backend_options)
+            if comm.world_size > 1:
+                reducer = BucketedAllReduce(comm, manual.grads)
+        manual.on_grads_ready = reducer.grads_ready
+        return manual, reducer
+
+    @functools.cached_property
+    def _autograd_grads(self) -> AutogradGradBuffer:
+        # Built once, if at all: the hooks that it registers on the parameters are not removed.
+        return AutogradGradBuffer([p for group in grad_groups(self.model) for p in group])
 
     @property
     def backend_name(self) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from gptforge.builders import memory_fit
 from gptforge.config import Config
-from gptforge.distributed import SINGLE_PROCESS
+from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import RunError
 from gptforge.kernel_select import DEFAULT_KERNELS
 from tests.training.steps import FLOAT32
@@ -49,3 +50,17 @@ def test_the_estimate_rules_out_what_cannot_fit(find) -> None:
 def test_nothing_fits(find) -> None:
     with pytest.raises(RunError, match="not even one sequence"):
         find(0, [])
+
+
+def test_teachers_are_the_reason_for_copies_of_the_model(caplog) -> None:
+    """The log said "as requested" without a request."""
+    comm = Comm()
+    comm.world_size = 2
+    caplog.set_level("INFO", "gptforge")
+    config = Config(teachers=1)
+    assert not memory_fit.use_fsdp(config, torch.device("cpu"), FLOAT32, comm)
+    assert caplog.messages[-1].endswith("2 ranks; teachers need a full copy on each")
+    assert not memory_fit.use_fsdp(
+        dataclasses.replace(config, parallel="ddp"), torch.device("cpu"), FLOAT32, comm
+    )
+    assert caplog.messages[-1].endswith("2 ranks; as requested")

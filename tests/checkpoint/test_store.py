@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gptforge.checkpoint import format as checkpoints
+from gptforge.checkpoint import store as store_module
 from gptforge.checkpoint.format import (
     CHECKPOINT_FILES,
     Snapshot,
@@ -216,3 +217,18 @@ def test_path_without_a_checkpoint_is_refused_with_a_hint(store, tmp_path) -> No
     (tmp_path / "model.gguf").touch()
     with pytest.raises(UserError, match="is a file"):
         resolve_checkpoint(str(tmp_path / "model.gguf"))
+
+
+def test_a_renamed_checkpoint_with_a_loss_of_zero_stays_the_best(store, monkeypatch) -> None:
+    latest, renamed = (store.folder / name for name in ("step-000010", "step-000020.decayed-1"))
+    renamed.mkdir(parents=True)
+    states = {latest: (0.5, 10), renamed: (0.0, 20)}
+
+    def read_state(path: Path) -> dict[str, object]:
+        return {"progress": dict(zip(("best_loss", "best_step"), states[path], strict=True))}
+
+    monkeypatch.setattr(store_module, "read_state", read_state)
+    monkeypatch.setattr(store_module, "find_corruption", lambda path, names: None)
+    assert store.renamed_best(latest) == renamed
+    states[renamed] = (0.6, 20)
+    assert store.renamed_best(latest) is None

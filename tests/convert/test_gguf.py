@@ -9,7 +9,7 @@ import torch
 
 from gptforge import load
 from gptforge.builders.export_model import export_gguf, export_hf
-from gptforge.builders.load_model import load_bundle
+from gptforge.builders.load_model import load_saved
 from gptforge.config import GPTConfig
 from gptforge.convert.bundle import (
     WTE,
@@ -144,7 +144,7 @@ def test_the_probability_of_an_unused_row_is_reported(run, program, messages) ->
     notes = [line for line in messages if "probability of up to " in line]
     assert len(notes) == 2 and notes[0] == notes[1]
     reported = float(notes[0].split("probability of up to ")[1].split(",")[0])
-    opened = load_bundle(run)
+    opened = load_saved(run).bundle
     ids, size = probe_ids(opened.config, opened.tokenizer.vocab_size), opened.tokenizer.vocab_size
     with torch.no_grad():
         probabilities = opened.build_model()(ids)[..., : size + 1].softmax(-1)
@@ -155,7 +155,7 @@ def test_the_probability_of_an_unused_row_is_reported(run, program, messages) ->
 
 
 def test_a_run_has_its_tokenizer(run) -> None:
-    assert load_bundle(run).tokenizer.name == "char"
+    assert load_saved(run).bundle.tokenizer.name == "char"
 
 
 def test_a_model_of_another_program_is_not_said_to_be_trained_here(tmp_path) -> None:

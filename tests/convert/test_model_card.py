@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from gptforge.builders.export_model import read_origin
-from gptforge.builders.load_model import load_bundle, load_saved
+from gptforge.builders.load_model import load_saved
 from gptforge.convert.model_card import model_card
 from gptforge.files import set_link
 
 
 def card_of(run: str) -> str:
-    return model_card(load_bundle(run), read_origin(load_saved(run)), title="title")
+    saved = load_saved(run)
+    return model_card(saved.bundle, read_origin(saved), title="title")
 
 
 def add_event(run: str, **event: object) -> None:
@@ -40,9 +41,10 @@ def test_the_loss_is_that_of_the_checkpoint(run) -> None:
 
 @pytest.mark.parametrize("muon_lr", [0.0, 0.02])
 def test_both_learning_rates_of_muon_are_named(run, muon_lr) -> None:
-    origin = read_origin(load_saved(run))
+    saved = load_saved(run)
+    origin = read_origin(saved)
     config = dataclasses.replace(origin.config, optimizer="muon", muon_lr=muon_lr)
-    card = model_card(load_bundle(run), dataclasses.replace(origin, config=config), title="title")
+    card = model_card(saved.bundle, dataclasses.replace(origin, config=config), title="title")
     [row] = [line for line in card.splitlines() if line.startswith("| Optimizer")]
     end = "; Muon's matrices 20 times that |" if muon_lr else " |"
     assert row == f"| Optimizer | muon, learning rate 0.001 to 0.0001, cosine{end}"

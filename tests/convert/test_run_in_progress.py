@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptforge.builders import export_model, load_model, run_evaluation
-from gptforge.builders.load_model import load_bundle, load_saved
+from gptforge.builders.load_model import load_saved
 from gptforge.checkpoint import format as checkpoints
 from gptforge.files import set_link
 
@@ -40,11 +40,11 @@ def call_before(monkeypatch, module, name: str, action: Callable[[], None]) -> N
 
 @pytest.mark.parametrize("name", ["", "checkpoints/best"])
 def test_an_export_is_of_one_checkpoint(run, training, monkeypatch, tmp_path, name) -> None:
-    old = load_bundle(f"{run}/checkpoints/{OLD}").state_dict
+    old = load_saved(f"{run}/checkpoints/{OLD}").bundle.state_dict
     call_before(monkeypatch, export_model, "check_finite", training)
     export_model.export_space(str(Path(run, name)), tmp_path / "space")
     assert (tmp_path / "space/checkpoints/best").resolve().name == OLD
-    written = load_bundle(tmp_path / "space").state_dict
+    written = load_saved(tmp_path / "space").bundle.state_dict
     assert all(torch.equal(tensor, written[name]) for name, tensor in old.items())
     assert "| Steps | 12 of 20, " in (tmp_path / "space/README.md").read_text(encoding="utf-8")
 

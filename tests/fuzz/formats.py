@@ -20,7 +20,7 @@ import torch
 import zstandard
 
 from gptforge import files, tokenizers
-from gptforge.builders.load_model import load_bundle
+from gptforge.builders.load_model import load_saved
 from gptforge.builders.run_evaluation import _load_examples
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.state_dict import load_rng_state_dict, save_safetensors
@@ -227,7 +227,7 @@ def read_checkpoint(folder: Path) -> None:
         for name in checkpoints.INFERENCE_FILES
     }
     (path / checkpoints.MANIFEST).write_text(json.dumps({"files": manifest}))
-    load_bundle(path)
+    load_saved(path)
 
 
 def read_state(folder: Path) -> None:
@@ -248,7 +248,7 @@ def read_rng_state(folder: Path) -> None:
 def read_manifest(folder: Path) -> None:
     path = folder / "run/checkpoints/step-000002"
     checkpoints.find_corruption(path)
-    load_bundle(path)
+    load_saved(path)
 
 
 def read_flags_file(folder: Path) -> None:

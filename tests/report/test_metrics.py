@@ -98,7 +98,16 @@ def test_format_duration(seconds, text) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(7, "7"), (999.4, "999"), (999.6, "1 K"), (28.6e3, "28.6 K"), (113e12, "113 T")],
+    [
+        (7, "7"),
+        (999.4, "999"),
+        (999.6, "1 K"),
+        (28.6e3, "28.6 K"),
+        (113e12, "113 T"),
+        (2e21, "2 Z"),
+        (4.6e26, "4.6e+05 Z"),
+    ],
 )
 def test_format_count(count, text) -> None:
+    """The last one ended `gptforge plan` with a traceback: it has more digits than prefixes."""
     assert format_count(count) == text

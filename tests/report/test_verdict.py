@@ -115,3 +115,9 @@ def test_a_small_part_of_an_epoch_is_not_rounded_to_zero() -> None:
     assert "at step 3 of 150, epoch 0.03." in summarize(evals)
     train = [train_event(149) | {"epoch": 0.042}]
     assert "after 0.042 epochs" in summarize([], train=train, has_val=False)
+
+
+@pytest.mark.parametrize(("loss", "words"), [(0.0, "0.0000 nats"), (None, "nan nats")])
+def test_a_training_loss_of_zero_is_a_number(loss, words) -> None:
+    """A text of one character is predicted with a loss of exactly 0, which was shown as nan."""
+    assert f"Training loss {words}" in summarize([], train=[train_event(9, loss)], has_val=False)

@@ -63,7 +63,7 @@ class CudaGraphBackend:
 
 
 class CudaGraphOptimizerStep:
-    """An `OptimizerStep`, captured at its second call, and again if the decay of the EMA changes.
+    """An `optimizer_step`, captured at its second call, and again if the decay of the EMA changes.
 
     Args:
         step: to capture.
@@ -88,7 +88,7 @@ class CudaGraphOptimizerStep:
         self._run = _CapturedCall(run)
 
     def __call__(self, lr: float, loss: Tensor) -> Tensor:
-        """Replay the step; see `OptimizerStep`."""
+        """Replay the step; see `optimizer_step`."""
         if self._ema is not None and self._ema.decay != self._ema_decay:
             self._ema_decay = self._ema.decay
             self._run = _CapturedCall(self._run.function)

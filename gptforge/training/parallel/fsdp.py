@@ -11,10 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gptforge.checkpoint.state_dict import TIED_WEIGHT
+from gptforge.checkpoint.state_dict import gather_on_rank0, untied_state_dict
 from gptforge.device import Precision, free_memory
 from gptforge.distributed import Comm
-from gptforge.distributed.dtensor import gather_full_tensor
 from gptforge.model import GPT
 
 
@@ -65,16 +64,14 @@ def apply_fsdp(model: GPT, precision: Precision, comm: Comm) -> FSDPRoot:
 
 def gather_model(model: GPT, dtype: torch.dtype, device: torch.device, comm: Comm) -> GPT | None:
     """Copy a sharded model to rank 0, in `dtype`, for inference; returns None on other ranks."""
-    shards = ((n, t.detach().to(dtype)) for n, t in model.state_dict().items() if n != TIED_WEIGHT)
-    tensors = {name: gather_full_tensor(shard, comm) for name, shard in shards}
+    shards = {name: shard.detach().to(dtype) for name, shard in untied_state_dict(model).items()}
+    tensors = gather_on_rank0(shards, comm)
     if not comm.is_main:
         return None
     # On the meta device no weights are allocated or initialized: `assign` replaces them.
     with torch.device("meta"):
         copy = GPT(model.config)
-    copy.load_state_dict(
-        {n: t for n, t in tensors.items() if t is not None}, strict=False, assign=True
-    )
+    copy.load_state_dict(tensors, strict=False, assign=True)
     copy.lm_head.weight = copy.get_parameter("transformer.wte.weight")
     nbytes = sum(p.nbytes for p in copy.parameters())
     # 50% more for the KV cache and activations.
