@@ -10,7 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from gptforge.api.console import NotebookConsole, PythonConsole, as_arguments, is_notebook
+from gptforge.api.console import (
+    NotebookConsole,
+    PythonConsole,
+    errors_name_arguments,
+    is_notebook,
+)
 from gptforge.api.run import Run
 from gptforge.cli.parsing import preset_and_file
 from gptforge.cli.train import run_training
@@ -89,7 +94,7 @@ def train(
     """
     start_time = time.monotonic()
     observer = _Observer({"train": on_step, "eval": on_eval, "save": on_save})
-    try:
+    with errors_name_arguments():
         if "resume" in fields:
             raise UserError(
                 "gptforge.train: there is no field 'resume': the same call resumes a run, and "
@@ -117,9 +122,6 @@ def train(
             logging_as=log_to(PythonConsole().log),
             on_built=observer.attach,
         )
-    except (UserError, RunError) as error:
-        error.args = (as_arguments(error.args[0]),)
-        raise
     gc.collect()  # frees the trainer's memory on the device
     if observer.error is not None:
         raise observer.error

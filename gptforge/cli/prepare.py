@@ -178,16 +178,15 @@ def tokenizer_main(argv: list[str]) -> None:
 def _iter_text(args: TokenizerArgs) -> Iterator[str]:
     from gptforge.data.input_errors import BadInputHandler
     from gptforge.data.prepare.scan import iter_text, no_text_message
-    from gptforge.data.prepare.sources import open_sources, raise_error
+    from gptforge.data.prepare.sources import open_sources
     from gptforge.data.prepare.text_io import TextFormat
-
-    def skip(error: OSError) -> None:
-        print_stderr(f"note: skipped {error.filename}: {explain_os_error(error)[0]}")
 
     bad_input = BadInputHandler(args.skip_bad)
     text_format, is_empty = TextFormat(args.field, args.encoding), True
-    on_error = skip if args.skip_bad else raise_error
-    with open_sources(args.sources, kind=args.kind, on_error=on_error) as sources:
+    unreadable: list[OSError] | None = [] if args.skip_bad else None
+    with open_sources(args.sources, kind=args.kind, unreadable=unreadable) as sources:
+        for error in unreadable or ():
+            print_stderr(f"note: skipped {error.filename}: {explain_os_error(error)[0]}")
         for source in sources:
             for text in iter_text(source, text_format, bad_input):
                 is_empty = is_empty and not text.strip()

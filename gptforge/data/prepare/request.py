@@ -14,7 +14,6 @@ from gptforge.data.prepare.sources import (
     Source,
     describe_ignored_files,
     find_sources,
-    raise_error,
 )
 from gptforge.data.prepare.split import describe_filename_splits, split_by_name, split_shards
 from gptforge.data.prepare.text_io import TextFormat
@@ -88,17 +87,14 @@ class PrepareRequest(TextOptions):
 
 def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> FileSelection:
     """Select the files that a request reads; `spool_dir` gets the content of pipes."""
-    notices: list[str] = []
-
-    def skip(error: OSError) -> None:
-        notices.append(f"skipped {error.filename}: {explain_os_error(error)[0]}")
-
+    unreadable: list[OSError] = []
     sources = find_sources(
         request.names,
         kind=request.kind,
         spool_dir=spool_dir,
-        on_error=skip if request.skip_bad else raise_error,
+        unreadable=unreadable if request.skip_bad else None,
     )
+    notices = [f"skipped {error.filename}: {explain_os_error(error)[0]}" for error in unreadable]
     notices += [notice for name in request.names if (notice := describe_ignored_files(name))]
     val_sources: tuple[int, ...] = ()
     if request.split_by_name:

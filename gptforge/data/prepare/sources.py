@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,6 @@ from gptforge.shell import quote
 FileKind = Literal["text", "jsonl", "parquet", "csv"]
 KindFlag = FileKind | Literal["auto"]  # auto: by the suffix of each file
 Compression = Literal["", "gz", "zst", "xz"]
-
-OnError = Callable[[OSError], None]
 
 KIND_BY_SUFFIX: dict[str, FileKind] = {
     **dict.fromkeys((".txt", ".md", ".markdown", ".text"), "text"),
@@ -69,17 +67,12 @@ class Source:
             raise UserError(f"{self.name} changed while it was read: {hint}")
 
 
-def raise_error(error: OSError) -> None:
-    """Do not skip what cannot be read."""
-    raise error
-
-
 def find_sources(
     names: Sequence[str],
     *,
     kind: KindFlag = "auto",
     spool_dir: Path | None = None,
-    on_error: OnError = raise_error,
+    unreadable: list[OSError] | None = None,
 ) -> list[Source]:
     """Expand names to files, in the order given; those of a folder or pattern are sorted.
 
@@ -87,8 +80,8 @@ def find_sources(
         names: files, folders, patterns with * ? or [], and - for standard input.
         kind: of all files.
         spool_dir: folder for copies of standard input and pipes, since files are read twice.
-        on_error: called for a file or folder in a folder that the system does not allow to look
-            at; if it returns, that is skipped.
+        unreadable: gets the errors of files and folders in a folder that the system does not allow
+            to look at; None: raise the first.
 
     Raises:
         UserError: if a name matches nothing, or a file is named twice.
@@ -105,7 +98,7 @@ def find_sources(
             path = spool_dir / (STDIN_FILE if name == "-" else f"{STDIN_FILE}-{len(sources)}")
             sources.append(_spooled_source(name, path, kind))
         else:
-            sources += [_file_source(path, kind) for path in _expand(name, on_error)]
+            sources += [_file_source(path, kind) for path in _expand(name, unreadable)]
     by_path: dict[Path, Source] = {}
     for source in sources:
         if by_path.setdefault(files.real_path(source.path), source) is not source:
@@ -115,18 +108,18 @@ def find_sources(
 
 @contextmanager
 def open_sources(
-    names: Sequence[str], *, kind: KindFlag = "auto", on_error: OnError = raise_error
+    names: Sequence[str], *, kind: KindFlag = "auto", unreadable: list[OSError] | None = None
 ) -> Iterator[list[Source]]:
     """`find_sources` with a temporary spool folder."""
     with tempfile.TemporaryDirectory(prefix="gptforge-") as spool_dir:
-        yield find_sources(names, kind=kind, spool_dir=Path(spool_dir), on_error=on_error)
+        yield find_sources(names, kind=kind, spool_dir=Path(spool_dir), unreadable=unreadable)
 
 
 def describe_ignored_files(name: str) -> str:
     """Count what is not read of a folder, files by suffix; empty if there is nothing."""
     if name == "-" or not Path(name).is_dir():
         return ""
-    found = _walk(Path(name), lambda error: None)  # `find_sources` has reported the errors
+    found = _walk(Path(name), unreadable=[])  # `find_sources` has reported the errors
     counts = Counter(reason for path in found if (reason := _ignored_as(path)))
     listed = [f"{count:,} {suffix}" for suffix, count in counts.most_common(MAX_SUFFIXES)]
     if others := sum(count for _, count in counts.most_common()[MAX_SUFFIXES:]):
@@ -135,7 +128,7 @@ def describe_ignored_files(name: str) -> str:
     return f"{subject} ignored in {name}, by suffix: {', '.join(listed)}" if counts else ""
 
 
-def _expand(name: str, on_error: OnError) -> list[Path]:
+def _expand(name: str, unreadable: list[OSError] | None) -> list[Path]:
     path = Path(name)
     if not name:
         raise UserError(
@@ -147,7 +140,7 @@ def _expand(name: str, on_error: OnError) -> list[Path]:
         if _is_run(path) or _is_model(path):
             problem = "the folder of a run or a model, whose files are not training text"
             raise UserError(f"{name}: {problem}: --init_from {quote(name)} starts from its weights")
-        found = [file for file in _walk(path, on_error) if not _ignored_as(file)]
+        found = [file for file in _walk(path, unreadable) if not _ignored_as(file)]
         if not found:
             suffixes = f"{', '.join(FOLDER_SUFFIXES)} or one of these with .gz, .zst or .xz"
             problem = f"no text in this folder: nothing in it ends in {suffixes}"
@@ -167,9 +160,15 @@ def _expand(name: str, on_error: OnError) -> list[Path]:
     return found
 
 
-def _walk(folder: Path, on_error: OnError) -> Iterator[Path]:
+def _walk(folder: Path, unreadable: list[OSError] | None) -> Iterator[Path]:
     """Files and links below a folder, without hidden ones and those of runs. Links to folders are
     not entered."""
+
+    def on_error(error: OSError) -> None:
+        if unreadable is None:
+            raise error
+        unreadable.append(error)
+
     for root, folders, names in os.walk(folder, onerror=on_error):
         here = Path(root)
         # Skip runs: their logs and samples are not training text, and change during training.
