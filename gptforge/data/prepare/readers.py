@@ -3,7 +3,7 @@
 `read_split` gives their split as well, to encode them or to learn a tokenizer from them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
@@ -16,7 +16,6 @@ from gptforge.data.prepare.text_io import (
     CRLF_NOTICE,
     MAX_LINE_LENGTH,
     SURROGATE_NOTICE,
-    Chunk,
     InputPart,
     TextFormat,
     text_stats,
@@ -25,7 +24,6 @@ from gptforge.data.shard_index import SplitName
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import SAFE_CUT
 
-SMALL_FILE_BYTES = 2**23  # text files up to this size are kept in memory instead of read twice
 MAX_UNBROKEN_CHARS = 2**26  # a longer run without whitespace is not text
 
 
@@ -141,17 +139,15 @@ def _split_documents(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterat
 
 def _split_text(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[SplitText]:
     """A single text, which may not fit into memory, cut between words while it is read."""
-    source, split, cut = part.source, span.split, None
-    is_small = source.size <= SMALL_FILE_BYTES and not source.compression
-    chunks: Iterable[Chunk] = list(part.read_chunks()) if is_small else part.read_chunks()
+    split, cut = span.split, None
     if split is None:
-        stats = text_stats(chunks if is_small else part.read_chunks())
+        stats = text_stats(part.read_chunks())
         if stats.is_blank:
             return
         split = rule.assign((span.source_index, 0), stats.digest)
         cut = rule.cut if rule.rule == "character" else None
     pending, num_chars, starts_document = "", 0, span.starts_document
-    for chunk in chunks:
+    for chunk in part.read_chunks():
         part.note_fixes(chunk)
         text = chunk.text
         if cut is not None and cut - num_chars < len(text):
@@ -167,7 +163,7 @@ def _split_text(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[Sp
             pending, starts_document = pending[position:], False
         elif len(pending) > MAX_UNBROKEN_CHARS:
             problem = f"{MAX_UNBROKEN_CHARS:,} characters without a space"
-            raise UserError(f"{source.name}: {problem}: this is not text; leave it out")
+            raise UserError(f"{part.source.name}: {problem}: this is not text; leave it out")
     if pending:
         yield SplitText(pending, split, 0, starts_document, part.bytes_read)
 
