@@ -33,26 +33,23 @@ def has_many_documents(source: Source, text_format: TextFormat) -> bool:
 
 
 def read_documents(part: InputPart) -> Iterator[tuple[int, str]]:
-    """The index of each document in the part, and its text, without empty ones."""
-    source, bad_input = part.source, part.bad_input
-    if source.kind == "csv":
-        texts = read_csv(part)
-    elif source.kind == "text":
-        texts = _read_delimited(part)
-    elif source.kind == "parquet":
-        texts = read_parquet(part)
-    else:
-        texts = read_json(part)
-    try:
-        for index, text in enumerate(texts):
-            if "\0" in text:
-                location = f"{source.name}, document {index + 1}"
-                bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
-            elif text.strip():
-                yield index, clean_text(text, part)
-    except BadInput as bad:
-        # The rest of the file cannot be read.
-        bad_input.handle(bad)
+    """The index of each document in the part, and its text, without empty ones.
+
+    A BadInput if the rest of the file cannot be read.
+    """
+    readers = {
+        "csv": read_csv,
+        "jsonl": read_json,
+        "parquet": read_parquet,
+        "text": _read_delimited,
+    }
+    texts = readers[part.source.kind](part)
+    for index, text in enumerate(texts):
+        if "\0" in text:
+            location = f"{part.source.name}, document {index + 1}"
+            part.bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
+        elif text.strip():
+            yield index, clean_text(text, part)
 
 
 def clean_text(text: str, part: InputPart) -> str:
