@@ -31,7 +31,7 @@ def as_arguments(message: str) -> str:
 
 @contextlib.contextmanager
 def errors_name_arguments() -> Iterator[None]:
-    """Write `as_arguments` what an error says of flags; also a decorator."""
+    """Replace flags in errors by arguments, as `as_arguments` does; also a decorator."""
     try:
         yield
     except (UserError, RunError) as error:

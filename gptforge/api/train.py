@@ -170,7 +170,7 @@ class _Observer:
         return Path(out_dir) if Path.cwd() == self._cwd else self._cwd / out_dir
 
     def attach(self, trainer: Trainer) -> None:
-        """Observe a trainer that has not started; of a teacher, there are no events."""
+        """Observe a trainer that has not started; a teacher's events are not passed on."""
         self._stop_signal, report = trainer.stop_signal, trainer.report
         self._stop_signal.exits_on_second = False  # it would end the notebook's kernel
         if report.is_teacher:

@@ -40,7 +40,7 @@ class PrepareArgs(DatasetArgs):
     vocab_size: int = 0
     """Ids that --tokenizer bpe learns; 0: by the size of the text."""
     skip_bad: bool = False
-    """Skip what is no text, and files that the system cannot read, and count them, instead of
+    """Skip what is not text, and files that the system cannot read, and count them, instead of
     stopping."""
     workers: int = 0
     """Processes; 0: one per core."""
@@ -69,7 +69,7 @@ class TokenizerArgs(TextFileArgs):
     vocab_size: int = 8192
     """Number of ids: 256 bytes, the merges, and <|endoftext|>."""
     skip_bad: bool = False
-    """Skip what is no text, and files that the system cannot read, instead of stopping."""
+    """Skip what is not text, and files that the system cannot read, instead of stopping."""
     overwrite: bool = False
     """Replace an existing file."""
 

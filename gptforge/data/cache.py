@@ -1,4 +1,4 @@
-"""Prepare a text only once: shards in the user's cache, by content; and texts from Python there."""
+"""Tokenize a text only once: a cache of shards by content, and of texts given from Python."""
 
 import contextlib
 import hashlib

@@ -107,7 +107,7 @@ def cut_shards(
 
 
 def read_shard_header(path: Path) -> ShardFile:
-    """Read the header of a shard; a UserError unless the file has the size that it says."""
+    """Read the header of a shard; a UserError unless its size is the one that it says."""
     name, (size, raw) = path.as_posix(), _size_and_head(path, HEADER_BYTES)
     if len(raw) < HEADER_BYTES:
         raise UserError(f"{name}: {size} bytes: too few for a token shard's header {RAW_BIN_HINT}")

@@ -35,7 +35,7 @@ class ValEvaluator:
         context_length: T, tokens in a sequence.
         batch_size: sequences in a forward pass.
         char_lengths: characters that each id stands for, (vocab,); None: one per byte.
-        max_tokens: evaluate so many tokens, rounded up to full sequences, which are spread evenly;
+        max_tokens: evaluate this many tokens, rounded up to full sequences, which are spread evenly;
             0 is all.
 
     Attributes:

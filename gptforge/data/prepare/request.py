@@ -27,7 +27,7 @@ _KINDS_WITH: dict[str, dict[FileKind, str]] = {
     "split_on": {"text": "text"},
 }
 """The kinds of files that a flag of `TextFormat` has an effect on."""
-RAW_BIN_UNUSED = "--raw_bin has no effect: the input is no .bin file"
+RAW_BIN_UNUSED = "--raw_bin has no effect: the input is not a .bin file"
 FINGERPRINT_BYTES = 2**16  # at each end of a file
 SHARD_SUFFIX = ".bin"
 COMPRESSION_RATIO = 3

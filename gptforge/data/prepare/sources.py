@@ -116,7 +116,7 @@ def open_sources(
 
 
 def describe_ignored_files(name: str) -> str:
-    """Count what is not read of a folder, files by suffix; empty if there is nothing."""
+    """Count the files of a folder that are not read, by suffix; empty if there are none."""
     if name == "-" or not Path(name).is_dir():
         return ""
     found = _walk(Path(name), unreadable=[])  # `find_sources` has reported the errors
