@@ -26,6 +26,7 @@ from gptforge.printable import safe_print
 from gptforge.report.log_handler import log_to
 from gptforge.report.metrics import Event
 from gptforge.shell import Start
+from gptforge.sweep.space import format_value
 from gptforge.training.signals import EXIT_CODES
 from gptforge.training.trainer import Trainer
 
@@ -114,7 +115,7 @@ def train(
             config = dataclasses.replace(config, input=path, encoding="utf-8", kind="auto")
             values = {k: v for k, v in values.items() if k not in ("encoding", "kind")}
             values["input"] = path
-        flags = (f"--{name}={_flag_value(value)}" for name, value in values.items())
+        flags = (f"--{name}={format_value(value)}" for name, value in values.items())
         reason, out_dir, _ = run_training(
             config,
             frozenset(values) | from_file,
@@ -151,10 +152,6 @@ def _plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(path, str) or "\n" in path or max(map(len, path.split("/"))) > NAME_MAX:
         raise UserError("input takes a path: give a string or a dataset to train on as text")
     return values
-
-
-def _flag_value(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class _Observer:

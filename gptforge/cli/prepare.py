@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from gptforge.cli.parsing import DatasetArgs, TextFileArgs, parse_args
-from gptforge.errors import UserError, explain_interruption, explain_os_error
+from gptforge.errors import UserError, explain_interruption
 from gptforge.files import atomic_write
 from gptforge.printable import pluralize, print_stderr, safe_print
 from gptforge.report.log_handler import log_to
@@ -183,10 +183,11 @@ def _iter_text(args: TokenizerArgs) -> Iterator[str]:
 
     bad_input = BadInputHandler(args.skip_bad)
     text_format, is_empty = TextFormat(args.field, args.encoding), True
-    unreadable: list[OSError] | None = [] if args.skip_bad else None
-    with open_sources(args.sources, kind=args.kind, unreadable=unreadable) as sources:
-        for error in unreadable or ():
-            print_stderr(f"note: skipped {error.filename}: {explain_os_error(error)[0]}")
+    notices: list[str] = []
+    options = {"kind": args.kind, "skip_unreadable": args.skip_bad, "notices": notices}
+    with open_sources(args.sources, **options) as sources:
+        for notice in notices:
+            print_stderr(f"note: {notice}")
         for source in sources:
             for text in iter_text(source, text_format, bad_input):
                 is_empty = is_empty and not text.strip()

@@ -90,7 +90,7 @@ def run_training(
 ) -> "tuple[StopReason, str, Comm]":
     """Train on all ranks: what `gptforge train` and `gptforge.train` have in common.
 
-    A preset is chosen if none was named. `logging_as` prints what is logged in the meantime; `on_built`
+    A preset is chosen if none was named. `logging_as` prints what is logged meanwhile; `on_built`
     is called with the trainer, and those of teachers, before it trains, but not for a finished run.
 
     Returns:

@@ -3,6 +3,7 @@
 `read_split` gives their split as well, to encode them or to learn a tokenizer from them.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from gptforge.data.shard_index import SplitName
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import SAFE_CUT
 
+UP_TO_LAST_SAFE_CUT = re.compile(f".*{SAFE_CUT.pattern}", re.DOTALL)
 MAX_UNBROKEN_CHARS = 2**26  # a longer run without whitespace is not text
 
 
@@ -167,11 +169,5 @@ def _split_text(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[Sp
 
 def last_safe_cut(text: str, start: int = 1) -> int | None:
     """Find the last index, at least `start`, where cutting a text changes none of its ids."""
-    end = len(text)
-    while end > start:
-        begin = max(start, end - 4096)
-        cuts = [match.start() for match in SAFE_CUT.finditer(text, begin, end + 1)]
-        if cuts:
-            return cuts[-1]
-        end = begin
-    return None
+    match = UP_TO_LAST_SAFE_CUT.match(text, start)
+    return match.end() - 1 if match else None

@@ -12,13 +12,11 @@ from gptforge.data.prepare.sources import (
     FileKind,
     KindFlag,
     Source,
-    describe_ignored_files,
     find_sources,
 )
 from gptforge.data.prepare.split import describe_filename_splits, split_by_name, split_shards
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import read_index
-from gptforge.errors import explain_os_error
 from gptforge.tokenizers import Tokenizer
 
 _KINDS_WITH: dict[str, dict[FileKind, str]] = {
@@ -87,15 +85,14 @@ class PrepareRequest(TextOptions):
 
 def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> FileSelection:
     """Select the files that a request reads; `spool_dir` gets the content of pipes."""
-    unreadable: list[OSError] = []
+    notices: list[str] = []
     sources = find_sources(
         request.names,
         kind=request.kind,
         spool_dir=spool_dir,
-        unreadable=unreadable if request.skip_bad else None,
+        skip_unreadable=request.skip_bad,
+        notices=notices,
     )
-    notices = [f"skipped {error.filename}: {explain_os_error(error)[0]}" for error in unreadable]
-    notices += [notice for name in request.names if (notice := describe_ignored_files(name))]
     val_sources: tuple[int, ...] = ()
     if request.split_by_name:
         paths = [source.path for source in sources]
