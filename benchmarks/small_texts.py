@@ -47,7 +47,8 @@ from gptforge.device import select_device
 from gptforge.kernels.cross_entropy import IGNORE_INDEX
 from gptforge.model import GPT
 from gptforge.report.metrics import read_history
-from gptforge.tokenizers import Tokenizer, byte_lengths
+from gptforge.tokenizers import Tokenizer
+from gptforge.tokenizers.base import byte_lengths
 from gptforge.tokenizers.char import CharTokenizer
 
 GPT_PY = Path(__file__).resolve().parents[1] / "gpt.py"

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typing_extensions import override
 
 from gptforge.api.run import Run
 from gptforge.config import FIELDS
+from gptforge.errors import RunError, UserError
 from gptforge.report.console import Console
 from gptforge.report.metrics import Event
 from gptforge.shell import shown
@@ -25,6 +27,16 @@ MAX_LINES, REFRESH_SECONDS = 12, 0.5
 def as_arguments(message: str) -> str:
     """Write `--max_lr` as max_lr, except in commands between backticks."""
     return FLAG.sub(lambda match: match[1] or match[0], message)
+
+
+@contextlib.contextmanager
+def errors_name_arguments() -> Iterator[None]:
+    """Replace flags in errors by arguments, as `as_arguments` does; also a decorator."""
+    try:
+        yield
+    except (UserError, RunError) as error:
+        error.args = (as_arguments(error.args[0]),)
+        raise
 
 
 class PythonConsole(Console):

@@ -10,7 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from gptforge.api.console import NotebookConsole, PythonConsole, as_arguments, is_notebook
+from gptforge.api.console import (
+    NotebookConsole,
+    PythonConsole,
+    errors_name_arguments,
+    is_notebook,
+)
 from gptforge.api.run import Run
 from gptforge.cli.parsing import preset_and_file
 from gptforge.cli.train import run_training
@@ -21,6 +26,7 @@ from gptforge.printable import safe_print
 from gptforge.report.log_handler import log_to
 from gptforge.report.metrics import Event
 from gptforge.shell import Start
+from gptforge.sweep.space import format_value
 from gptforge.training.signals import EXIT_CODES
 from gptforge.training.trainer import Trainer
 
@@ -89,7 +95,7 @@ def train(
     """
     start_time = time.monotonic()
     observer = _Observer({"train": on_step, "eval": on_eval, "save": on_save})
-    try:
+    with errors_name_arguments():
         if "resume" in fields:
             raise UserError(
                 "gptforge.train: there is no field 'resume': the same call resumes a run, and "
@@ -109,7 +115,7 @@ def train(
             config = dataclasses.replace(config, input=path, encoding="utf-8", kind="auto")
             values = {k: v for k, v in values.items() if k not in ("encoding", "kind")}
             values["input"] = path
-        flags = (f"--{name}={_flag_value(value)}" for name, value in values.items())
+        flags = (f"--{name}={format_value(value)}" for name, value in values.items())
         reason, out_dir, _ = run_training(
             config,
             frozenset(values) | from_file,
@@ -117,9 +123,6 @@ def train(
             logging_as=log_to(PythonConsole().log),
             on_built=observer.attach,
         )
-    except (UserError, RunError) as error:
-        error.args = (as_arguments(error.args[0]),)
-        raise
     gc.collect()  # frees the trainer's memory on the device
     if observer.error is not None:
         raise observer.error
@@ -151,10 +154,6 @@ def _plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _flag_value(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 class _Observer:
     """Calls callbacks with events until one raises an error, which stops training."""
 
@@ -168,7 +167,7 @@ class _Observer:
         return Path(out_dir) if Path.cwd() == self._cwd else self._cwd / out_dir
 
     def attach(self, trainer: Trainer) -> None:
-        """Observe a trainer that has not started; of a teacher, there are no events."""
+        """Observe a trainer that has not started; a teacher's events are not passed on."""
         self._stop_signal, report = trainer.stop_signal, trainer.report
         self._stop_signal.exits_on_second = False  # it would end the notebook's kernel
         if report.is_teacher:

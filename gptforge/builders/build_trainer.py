@@ -31,7 +31,7 @@ from gptforge.presets import AUTO, PRESETS, get_preset
 from gptforge.printable import pluralize
 from gptforge.report.log_handler import RESULT
 from gptforge.shell import Start, quote, same_command, shown
-from gptforge.tokenizers import byte_lengths, char_lengths
+from gptforge.tokenizers.base import byte_lengths, char_lengths
 from gptforge.training.distillation import Distillation
 from gptforge.training.loss_monitor import LossMonitor
 from gptforge.training.signals import StopReason, StopSignal, agree_on_signal

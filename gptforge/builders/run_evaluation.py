@@ -28,7 +28,7 @@ from gptforge.files import open_regular
 from gptforge.patterns import expand_glob
 from gptforge.report.console import ProgressMeter
 from gptforge.report.format import ValLoss
-from gptforge.tokenizers import byte_lengths, char_lengths
+from gptforge.tokenizers.base import byte_lengths, char_lengths
 
 logger = logging.getLogger(__name__)
 

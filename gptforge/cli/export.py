@@ -46,7 +46,7 @@ class ImportArgs:
 
 @log_to(print_stderr)
 def main(argv: list[str]) -> None:
-    """`gptforge export`: write, check, perhaps upload."""
+    """`gptforge export`: write, check and optionally upload."""
     args = parse_args(ExportArgs, argv, "gptforge export")
     if args.push and args.to == "gguf":
         raise UserError("--push uploads folders: use it with --to hf or --to space")

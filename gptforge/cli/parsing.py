@@ -170,7 +170,7 @@ def flag_values(args: Sequence[str], names: Collection[str] = FIELDS) -> dict[st
 
 
 def _split(arg: str) -> tuple[str, str, str]:
-    """`--max-lr=1e-3` as `max_lr`, `=` and `1e-3`; no name if it is no flag."""
+    """`--max-lr=1e-3` as `max_lr`, `=` and `1e-3`; no name if it is not a flag."""
     flag, equals, value = arg.partition("=")
     name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
     return name, equals, value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from gptforge.cli.parsing import DatasetArgs, TextFileArgs, parse_args
-from gptforge.errors import UserError, explain_interruption, explain_os_error
+from gptforge.errors import UserError, explain_interruption
 from gptforge.files import atomic_write
 from gptforge.printable import pluralize, print_stderr, safe_print
 from gptforge.report.log_handler import log_to
@@ -40,7 +40,7 @@ class PrepareArgs(DatasetArgs):
     vocab_size: int = 0
     """Ids that --tokenizer bpe learns; 0: by the size of the text."""
     skip_bad: bool = False
-    """Skip what is no text, and files that the system cannot read, and count them, instead of
+    """Skip what is not text, and files that the system cannot read, and count them, instead of
     stopping."""
     workers: int = 0
     """Processes; 0: one per core."""
@@ -69,7 +69,7 @@ class TokenizerArgs(TextFileArgs):
     vocab_size: int = 8192
     """Number of ids: 256 bytes, the merges, and <|endoftext|>."""
     skip_bad: bool = False
-    """Skip what is no text, and files that the system cannot read, instead of stopping."""
+    """Skip what is not text, and files that the system cannot read, instead of stopping."""
     overwrite: bool = False
     """Replace an existing file."""
 
@@ -178,16 +178,16 @@ def tokenizer_main(argv: list[str]) -> None:
 def _iter_text(args: TokenizerArgs) -> Iterator[str]:
     from gptforge.data.input_errors import BadInputHandler
     from gptforge.data.prepare.scan import iter_text, no_text_message
-    from gptforge.data.prepare.sources import open_sources, raise_error
+    from gptforge.data.prepare.sources import open_sources
     from gptforge.data.prepare.text_io import TextFormat
-
-    def skip(error: OSError) -> None:
-        print_stderr(f"note: skipped {error.filename}: {explain_os_error(error)[0]}")
 
     bad_input = BadInputHandler(args.skip_bad)
     text_format, is_empty = TextFormat(args.field, args.encoding), True
-    on_error = skip if args.skip_bad else raise_error
-    with open_sources(args.sources, kind=args.kind, on_error=on_error) as sources:
+    notices: list[str] = []
+    options = {"kind": args.kind, "skip_unreadable": args.skip_bad, "notices": notices}
+    with open_sources(args.sources, **options) as sources:
+        for notice in notices:
+            print_stderr(f"note: {notice}")
         for source in sources:
             for text in iter_text(source, text_format, bad_input):
                 is_empty = is_empty and not text.strip()

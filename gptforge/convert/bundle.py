@@ -37,7 +37,7 @@ class ModelBundle:
 
 
 def read_size(config: Mapping[str, Any], name: str) -> int:
-    """A dimension from an untrusted configuration; a KeyError or ValueError if it is none."""
+    """A dimension from an untrusted configuration; a KeyError or ValueError if it is not one."""
     size = config[name]
     if type(size) is not int or not 1 <= size <= MAX_DIM:
         shown = short_repr(size)

@@ -1,4 +1,4 @@
-"""Prepare a text only once: shards in the user's cache, by content; and texts from Python there."""
+"""Tokenize a text only once: a cache of shards by content, and of texts given from Python."""
 
 import contextlib
 import hashlib
@@ -102,20 +102,7 @@ def _learn_bpe_cached(
     request: PrepareRequest, selection: FileSelection, cache: Path, name: str, scratch: Path
 ) -> Tokenizer:
     """Learn a tokenizer from the training split, or load it if that was done before."""
-    if (learned := _load_bpe(cache, name)) is not None:
-        return learned
-    with no_skip_of_only_file(selection.sources):
-        rule = scan(request, selection).split_rule
-        learned = learn_bpe(request, selection.sources, rule)
     # The hash of its content is part of the file's name, so that damage is noticed.
-    path = scratch / "learned"
-    tokenizers.save(learned, path)
-    path.replace(cache / f"{name}-{files.sha256(path)[:16]}.json")
-    return learned
-
-
-def _load_bpe(cache: Path, name: str) -> Tokenizer | None:
-    """The tokenizer that was learned from this text before, if any. Damaged files are deleted."""
     for path in cache.glob(f"{name}-*.json"):
         with contextlib.suppress(OSError, UserError):
             if path.stem == f"{name}-{files.sha256(path)[:16]}":
@@ -124,7 +111,13 @@ def _load_bpe(cache: Path, name: str) -> Tokenizer | None:
                 return tokenizer
         logger.warning(f"warning: {path.as_posix()} was damaged: learning the tokenizer again")
         files.remove(path)
-    return None
+    with no_skip_of_only_file(selection.sources):
+        rule = scan(request, selection).split_rule
+        learned = learn_bpe(request, selection.sources, rule)
+    path = scratch / "learned"
+    tokenizers.save(learned, path)
+    path.replace(cache / f"{name}-{files.sha256(path)[:16]}.json")
+    return learned
 
 
 @contextlib.contextmanager

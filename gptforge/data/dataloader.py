@@ -109,7 +109,7 @@ class DataLoader:
 
         Sequence i starts at token i * T, plus the epoch's offset with `random_offset`.
         """
-        positions = _arange(range(position, position + self._global_batch_size))
+        positions = position + np.arange(self._global_batch_size)
         ids = shuffled_index(positions, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
         return [int(i) for i in ids]
 
@@ -139,16 +139,14 @@ class DataLoader:
     def _sequence_starts(self, position: int) -> dict[int, NDArray[np.int64]]:
         """First tokens of this rank's sequences in the batch at a position and some after it."""
         num_batches = -(-INDEX_CHUNK // len(self.rows))
-        batches = range(
-            position, position + num_batches * self._global_batch_size, self._global_batch_size
-        )
-        positions = np.add.outer(_arange(batches), _arange(self.rows))
+        batches = position + self._global_batch_size * np.arange(num_batches)
+        positions = np.add.outer(batches, np.arange(self.rows.start, self.rows.stop))
         ids = shuffled_index(positions, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
         starts = ids * self._context_length
         if self._random_offset:
             epochs = positions // self.num_sequences
             starts += epoch_offset(epochs, self._context_length, seed=self._seed)
-        return dict(zip(batches, starts, strict=True))
+        return dict(zip(batches.tolist(), starts, strict=True))
 
     def _to_device(self, position: int) -> Tensor:
         """This rank's rows of the batch at a position, (b, T + 1), being copied to the device."""
@@ -180,10 +178,6 @@ def sequences_per_epoch(tokens: int, context_length: int, *, random_offset: bool
 def too_short_hint(tokens: int) -> str:
     """What to do about a text shorter than a sequence and its last target."""
     return f"use {f'--context_length {tokens - 1} at most, or ' if tokens > 1 else ''}more text"
-
-
-def _arange(span: range) -> NDArray[np.int64]:
-    return np.arange(span.start, span.stop, span.step, dtype=np.int64)
 
 
 def replace_tokens(tokens: Tensor, probability: float) -> Tensor:

@@ -7,10 +7,11 @@ See github.com/karpathy/llm.c, dev/data.
 
 import contextlib
 import functools
+import hashlib
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -33,6 +34,7 @@ RAW_BIN_HINT = (
     "(nanoGPT's .bin has none: --raw_bin true; to read texts in its folder, name them: DIR/*.txt)"
 )
 EDGE_TOKENS = 2**18
+BLOCK_TOKENS = 2**20  # tokens read at a time, when all are
 MAX_OPEN_SHARDS = 256  # file handles; systems give a process about a thousand
 MAX_IN_MEMORY_BYTES = 2**26  # datasets up to this size are read into memory
 
@@ -48,6 +50,36 @@ class TokenDataset(Protocol):
 def edges(tokens: TokenDataset) -> list[Tokens]:
     """The first and the last EDGE_TOKENS."""
     return [tokens[:EDGE_TOKENS], tokens[max(0, len(tokens) - EDGE_TOKENS) : len(tokens)]]
+
+
+def find_documents(
+    tokens: TokenDataset, eot_token: int | None, *, track: Callable[[range], Iterable[int]] = iter
+) -> Iterator[tuple[int, int, int]]:
+    """The documents that are not empty, however long; all but perhaps the first begin with an eot.
+
+    Args:
+        tokens: read once, in blocks.
+        eot_token: the id before each document; None: all tokens are one document.
+        track: shows the progress of an iteration over the blocks.
+
+    Yields:
+        The positions of a document's first token and after its last one, and 64 bits of a hash of
+        its tokens without the `eot_token`.
+    """
+    digest, start, length = hashlib.sha256(), 0, 0
+    for begin in track(range(0, len(tokens), BLOCK_TOKENS)):
+        block = tokens[begin : begin + BLOCK_TOKENS].astype("<u4")
+        bounds = np.flatnonzero(block == eot_token).tolist() if eot_token is not None else []
+        for number, part in enumerate(np.split(block, bounds)):
+            if number:
+                stop = begin + bounds[number - 1]
+                if length:
+                    yield start, stop, int.from_bytes(digest.digest()[:8], "big")
+                digest, start, length, part = hashlib.sha256(), stop, 0, part[1:]
+            digest.update(part.tobytes())
+            length += len(part)
+    if length:
+        yield start, len(tokens), int.from_bytes(digest.digest()[:8], "big")
 
 
 @dataclass(frozen=True)
@@ -75,7 +107,7 @@ def cut_shards(
 
 
 def read_shard_header(path: Path) -> ShardFile:
-    """Read the header of a shard; a UserError unless the file has the size that it says."""
+    """Read the header of a shard; a UserError unless its size is the one that it says."""
     name, (size, raw) = path.as_posix(), _size_and_head(path, HEADER_BYTES)
     if len(raw) < HEADER_BYTES:
         raise UserError(f"{name}: {size} bytes: too few for a token shard's header {RAW_BIN_HINT}")

@@ -12,7 +12,6 @@ from gptforge.builders.export_model import is_of_run, model_title
 from gptforge.builders.load_model import limit_threads, load
 from gptforge.builders.prompts import suggest_prompts
 from gptforge.checkpoint.format import read_checkpoint, read_config
-from gptforge.config import Config
 from gptforge.convert.hf import is_hf_dir
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.estimate import formulas
@@ -73,7 +72,10 @@ def launch(
     models = run_data.ModelCache(load_model, run)
     model = models.get(models.names()[0])
     c = model.model.config
-    suggested = prompts or suggest_prompts(run, _config_of_run(run))
+    run_config = None  # an imported model has none
+    if not is_hf_dir(Path(run)):
+        run_config = read_checkpoint(run, lambda p: read_config(p) if is_of_run(p) else None)
+    suggested = prompts or suggest_prompts(run, run_config)
     about = {
         "title": title,
         "about": f"GPT-2 · {format_count(formulas.num_params(c))} parameters · {c.n_layer} layers"
@@ -107,13 +109,6 @@ def launch(
 
     server = Server(config)
     asyncio.run(server.serve(sockets=[listener]))
-
-
-def _config_of_run(run: str) -> Config | None:
-    """The configuration of a run; None for a model without one."""
-    if is_hf_dir(Path(run)):
-        return None
-    return read_checkpoint(run, lambda path: read_config(path) if is_of_run(path) else None)
 
 
 def _is_encodable(model: LanguageModel, text: str) -> bool:

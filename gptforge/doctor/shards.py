@@ -1,11 +1,8 @@
 """Checks of token shards: reads all of them."""
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from gptforge import files
 from gptforge.data.checks import quick_check
@@ -18,14 +15,12 @@ from gptforge.data.shard_index import (
     read_index,
     tokenizer_matches,
 )
-from gptforge.data.token_dataset import TokenDataset
+from gptforge.data.token_dataset import find_documents
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
 from gptforge.findings import Finding, error, ok, warning
 from gptforge.report.console import track
 from gptforge.tokenizers.base import END_OF_TEXT
-
-BLOCK_TOKENS = 2**20
 
 
 def check_shards(path: Path, options: DatasetOptions, *, context_length: int) -> list[Finding]:
@@ -64,7 +59,8 @@ def _check_documents(dataset: Dataset) -> list[Finding]:
     for split, tokens in zip(SPLITS, (dataset.train, dataset.val), strict=True):
         if len(tokens) and tokens[:1][0] != eot:
             num_documents -= 1  # the split begins within a document, or there are no such ids
-        for number, digest in enumerate(_document_digests(tokens, eot), 1):
+        documents = find_documents(tokens, eot, track=partial(track, description="reading tokens"))
+        for number, (_, _, digest) in enumerate(documents, 1):
             num_documents += 1
             duplicates.add(digest, split, f"document {number:,} of {split}")
     num_tokens = len(dataset.train) + len(dataset.val)
@@ -75,20 +71,3 @@ def _check_documents(dataset: Dataset) -> list[Finding]:
     elif eot is not None and dataset.documents > len(SPLITS):
         found.append(error(f"no {END_OF_TEXT} between {dataset.documents:,} documents"))
     return [*found, *duplicates.findings()]
-
-
-def _document_digests(tokens: TokenDataset, eot: int | None) -> Iterator[int]:
-    """64 bits of the hash of each document, however long."""
-    digest, length = hashlib.sha256(), 0
-    for start in track(range(0, len(tokens), BLOCK_TOKENS), "reading tokens"):
-        block = tokens[start : start + BLOCK_TOKENS].astype(np.uint32)
-        ends = np.flatnonzero(block == eot).tolist() if eot is not None else []
-        for number, part in enumerate(np.split(block, ends)):
-            if number:  # a new document, after its end-of-text id
-                if length:
-                    yield int.from_bytes(digest.digest()[:8], "big")
-                digest, length, part = hashlib.sha256(), 0, part[1:]
-            digest.update(part.tobytes())
-            length += len(part)
-    if length:
-        yield int.from_bytes(digest.digest()[:8], "big")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gptforge.device import Precision, autocast
 from gptforge.inference.language_model import LanguageModel
@@ -138,15 +139,13 @@ def loglikelihoods(
 def _score_batch(
     model: LanguageModel, requests: Sequence[tuple[list[int], int]], precision: Precision
 ) -> list[LogLikelihood]:
-    width = max(len(ids) for ids, _ in requests) - 1
-    inputs = torch.zeros(len(requests), width, dtype=torch.long)
-    targets = torch.zeros_like(inputs)
-    is_scored = torch.zeros(len(requests), width, dtype=torch.bool)
-    for row, (ids, count) in enumerate(requests):
-        # Padding on the right: attention is causal, so no scored position sees it.
-        length = len(ids) - 1
-        inputs[row, :length], targets[row, :length] = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
-        is_scored[row, length - count : length] = True
+    # Padding on the right: attention is causal, so no scored position sees it.
+    ids = pad_sequence([torch.tensor(ids) for ids, _ in requests], batch_first=True)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    ends = torch.tensor([[len(ids) - 1] for ids, _ in requests])  # (B, 1)
+    counts = [count for _, count in requests]
+    positions = torch.arange(targets.size(1))
+    is_scored = (positions < ends) & (positions >= ends - torch.tensor(counts)[:, None])
     device = model.device
     with autocast(device, precision):
         hidden = model.model.forward_hidden(inputs.to(device))[is_scored.to(device)]
@@ -157,7 +156,6 @@ def _score_batch(
     labels = targets[is_scored].to(device)
     logprobs = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0].double().cpu()
     is_greedy = (logits.argmax(-1) == labels).cpu()
-    counts = [count for _, count in requests]
     return [
         LogLikelihood(float(values.sum()), bool(greedy.all()))
         for values, greedy in zip(logprobs.split(counts), is_greedy.split(counts), strict=True)

@@ -35,8 +35,8 @@ class ValEvaluator:
         context_length: T, tokens in a sequence.
         batch_size: sequences in a forward pass.
         char_lengths: characters that each id stands for, (vocab,); None: one per byte.
-        max_tokens: evaluate so many tokens, rounded up to full sequences, which are spread evenly;
-            0 is all.
+        max_tokens: evaluate this many tokens, rounded up to full sequences, which are spread
+            evenly; 0 is all.
 
     Attributes:
         fraction: share of the text that is evaluated.

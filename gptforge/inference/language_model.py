@@ -17,8 +17,8 @@ from gptforge.inference.sampling import SamplingParams, draw_uniforms
 from gptforge.model import GPT
 from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer
-from gptforge.tokenizers import decode as decode_ids
 from gptforge.tokenizers.base import END_OF_TEXT
+from gptforge.tokenizers.base import decode as decode_ids
 
 logger = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ def parse_space(specs: Sequence[str], base: Config, *, flag: str) -> Space:
     Values are checked against the types of `base`. `--grid` takes no ranges.
 
     Raises:
-        UserError: for an unknown field, a value of the wrong type, or a range that is none.
+        UserError: for an unknown field, a value of the wrong type, or a malformed range.
     """
     space: Space = {}
     for spec in specs:
@@ -105,7 +105,7 @@ def optuna_search(
     folder: Path,
     losses: Callable[[], Mapping[str, float | None]],
 ) -> Iterator[Values]:
-    """Values of so many trials that Optuna samples by `method`, tpe or random.
+    """Values of `trials` trials, which Optuna samples by `method`, tpe or random.
 
     The study is stored in `folder`, and a later process continues it: values of an earlier process
     come first; few possible values come more than once. `losses` gives the loss of each trial that

@@ -1,6 +1,5 @@
 """The text of a sweep: the training split as tokens, which trials split a second time."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,15 @@ from gptforge import tokenizers
 from gptforge.data.dataset import Dataset
 from gptforge.data.prepare.split import MIN_HASH_DOCUMENTS, DocumentStats, make_split_rule
 from gptforge.data.shard_index import SPLITS, SplitName, json_sha256
-from gptforge.data.token_dataset import ShardWriter, TokenDataset
+from gptforge.data.token_dataset import (
+    BLOCK_TOKENS,
+    ShardWriter,
+    TokenDataset,
+    find_documents,
+)
 from gptforge.sweep.space import INPUT_FIELDS, format_value
 from gptforge.tokenizers.base import smallest_dtype
 
-CHUNK_TOKENS = 2**24
-"""Tokens read at a time."""
 Spans = NDArray[np.int64]
 """(n, 2): the positions of the first token and after the last one."""
 
@@ -62,14 +64,14 @@ def _split_documents(dataset: Dataset) -> dict[SplitName, Spans]:
     tokens, eot = dataset.train, dataset.tokenizer.eot_token
     if eot is None or not dataset.tokenizer.prepends_eot:
         return {}
-    spans = _find_documents(tokens, eot)
-    digests = np.fromiter((_digest(tokens, start, stop, eot) for start, stop in spans), np.uint64)
+    # In arrays: a list of tuples would take ten times the memory.
+    found = np.fromiter(find_documents(tokens, eot), np.dtype(("<u8", 3)))
+    spans, digests = found[:, :2].astype(np.int64), found[:, 2]
     if len(np.unique(digests)) == len(digests):
         return {}
-    first = zip(spans[:MIN_HASH_DOCUMENTS], digests[:MIN_HASH_DOCUMENTS], strict=True)
     stats = [
-        DocumentStats((0, i), int(stop - start), int(digest))
-        for i, ((start, stop), digest) in enumerate(first)
+        DocumentStats((0, i), stop - start, digest)
+        for i, (start, stop, digest) in enumerate(found[:MIN_HASH_DOCUMENTS].tolist())
     ]
     rule = make_split_rule(stats, dataset.val_fraction)
     splits = (rule.assign((0, i), int(digest)) for i, digest in enumerate(digests))
@@ -77,34 +79,12 @@ def _split_documents(dataset: Dataset) -> dict[SplitName, Spans]:
     return {"train": spans[~is_val], "val": spans[is_val]}
 
 
-def _find_documents(tokens: TokenDataset, eot: int) -> Spans:
-    """The documents that are not empty; all but perhaps the first begin with `eot`."""
-    starts: list[NDArray[np.int64]] = [
-        start + np.flatnonzero(tokens[start : start + CHUNK_TOKENS] == eot)
-        for start in range(0, len(tokens), CHUNK_TOKENS)
-    ]
-    bounds = np.unique(np.concatenate([[0], *starts, [len(tokens)]]))
-    spans = np.stack([bounds[:-1], bounds[1:]], 1)
-    return spans[np.diff(bounds) > 1]
-
-
-def _digest(tokens: TokenDataset, start: int, stop: int, eot: int) -> int:
-    """64 bits of a hash of a document, without the token before it."""
-    sha256 = hashlib.sha256()
-    if int(tokens[start : start + 1][0]) == eot:
-        start += 1
-    for begin in range(start, stop, CHUNK_TOKENS):
-        chunk = tokens[begin : min(stop, begin + CHUNK_TOKENS)]
-        sha256.update(chunk.astype("<u4").tobytes())
-    return int.from_bytes(sha256.digest()[:8], "big")
-
-
 def _write(path: Path, tokens: TokenDataset, spans: Spans, dtype: np.dtype[Any]) -> None:
     writer = ShardWriter(path, dtype)
     try:
         for start, stop in spans:
-            for begin in range(start, stop, CHUNK_TOKENS):
-                writer.write(tokens[begin : min(stop, begin + CHUNK_TOKENS)])
+            for begin in range(start, stop, BLOCK_TOKENS):
+                writer.write(tokens[begin : min(stop, begin + BLOCK_TOKENS)])
         writer.close()
     except BaseException:
         writer.abort()

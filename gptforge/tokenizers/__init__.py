@@ -10,21 +10,10 @@ from typing import Any
 from gptforge.errors import UserError, parsing
 from gptforge.files import atomic_write, read_text
 from gptforge.printable import short_repr
-from gptforge.tokenizers.base import Tokenizer, Tokens, byte_lengths, char_lengths, decode
+from gptforge.tokenizers.base import Tokenizer
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
-__all__ = [
-    "NAMES",
-    "TEXT_DEPENDENT",
-    "Tokenizer",
-    "Tokens",
-    "byte_lengths",
-    "char_lengths",
-    "decode",
-    "from_name",
-    "load",
-    "save",
-]
+__all__ = ["NAMES", "TEXT_DEPENDENT", "Tokenizer", "from_name", "load", "save"]
 
 FORMAT, VERSION = "gptforge-tokenizer", 1
 NAMES = ("gpt2", "char", "byte", "bpe")  # values of `--tokenizer` that are not files

@@ -59,7 +59,7 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
     """Bytes of text per id, (vocab_size,), to convert nats per token into bits per byte.
 
-    The end-of-text token is no text: 0.
+    The end-of-text token counts as 0: it is not text.
     """
     return _lengths(tokenizer, len)
 

@@ -24,8 +24,8 @@ PROBE = (
     + " ".join(chr(point) for point in range(0xC0, 0x2000, 7) if chr(point).isprintable())
 )
 EncodeFn = Callable[[str], Tokens]
-# gigatoken caches every word and is rebuilt after so many characters, which are up to 4 MB of cache
-# for source code and 165 MB for random words.
+# gigatoken caches every word and is rebuilt after this many characters, which take up to 4 MB of
+# cache for source code and 165 MB for random words.
 MAX_CACHED_CHARS = 2**24
 COMPARED_CHARS = 2**16  # of the first text that each instance encodes
 

@@ -13,7 +13,8 @@ from gptforge.config import GPTConfig
 from gptforge.device import Precision
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.model import GPT
-from gptforge.tokenizers import Tokenizer, byte_lengths, from_name
+from gptforge.tokenizers import Tokenizer, from_name
+from gptforge.tokenizers.base import byte_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

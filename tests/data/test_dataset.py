@@ -19,7 +19,8 @@ from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError
-from gptforge.tokenizers import decode, from_name
+from gptforge.tokenizers import from_name
+from gptforge.tokenizers.base import decode
 from tests.programs import DEBUG
 
 

@@ -275,7 +275,6 @@ def test_long_line_of_words_is_text(tmp_path) -> None:
 
 def test_text_without_spaces(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(readers, "MAX_UNBROKEN_CHARS", 2_000_000)
-    monkeypatch.setattr(readers, "SMALL_FILE_BYTES", 1)
     (tmp_path / "t.txt").write_text("x" * 5_000_000)
     expect_error(tmp_path, "t.txt: 2,000,000 characters without a", "t.txt")
 
@@ -414,12 +413,8 @@ def test_error_if_all_input_was_skipped(tmp_path, program) -> None:
     assert "first t.jsonl, line 1: not JSON: fix it" in done.err
 
 
-@pytest.mark.parametrize("small_file_bytes", [0, 10**6])
 @pytest.mark.parametrize("with_eot", [True, False])
-def test_character_that_the_tokenizer_lacks(
-    tmp_path, monkeypatch, with_eot, small_file_bytes
-) -> None:
-    monkeypatch.setattr(readers, "SMALL_FILE_BYTES", small_file_bytes)
+def test_character_that_the_tokenizer_lacks(tmp_path, with_eot) -> None:
     (tmp_path / "a.txt").write_text("abc abc abc")
     (tmp_path / "b.txt").write_text("abd")
     tokenizer = CharTokenizer(" abc", with_eot=with_eot)
@@ -537,8 +532,7 @@ def test_undecodable_bytes_are_replaced_on_request(tmp_path) -> None:
         TextFormat(encoding="utf-8:nonsense")
 
 
-def test_replacement_in_a_file_read_in_chunks(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(readers, "SMALL_FILE_BYTES", 0)
+def test_replacement_in_a_file_read_in_chunks(tmp_path) -> None:
     (tmp_path / "t.txt").write_bytes(UTF8 + b"\xff" + UTF8)
     options = {"text_format": REPLACE, "tokenizer": "byte", "shard_bytes": 100}
     index = run_prepare(tmp_path, "t.txt", **options)

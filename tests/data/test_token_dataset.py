@@ -21,6 +21,7 @@ from gptforge.data.token_dataset import (
     ShardFile,
     ShardWriter,
     cut_shards,
+    find_documents,
     read_raw_bin,
     read_shard_header,
 )
@@ -195,3 +196,17 @@ def test_shard_truncated_before_it_is_opened(tmp_path) -> None:
     os.truncate(path, 150)
     with pytest.raises(UserError, match=r"s\.bin: no longer readable: it is truncated"):
         tokens[0:10]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 2**20])
+def test_documents_across_blocks(monkeypatch, block) -> None:
+    monkeypatch.setattr(token_dataset, "BLOCK_TOKENS", block)
+    tokens = np.array([8, 9, 1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 5, 9, 9, 1, 2], np.uint16)
+    documents = list(find_documents(tokens, 9))
+    assert [(start, stop) for start, stop, _ in documents] == [(0, 1), (1, 7), (7, 13), (14, 17)]
+    digests = [digest for _, _, digest in documents]
+    assert digests[1] == digests[2]
+    assert len(set(digests)) == 3
+    sha256 = hashlib.sha256(np.array([1, 2], "<u4")).digest()
+    assert digests[3] == int.from_bytes(sha256[:8], "big")
+    assert [(start, stop) for start, stop, _ in find_documents(tokens, None)] == [(0, 17)]

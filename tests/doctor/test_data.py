@@ -11,7 +11,6 @@ from gptforge.data.prepare import text_io
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.token_dataset import ShardWriter
-from gptforge.doctor import shards
 from gptforge.tokenizers import from_name, save
 from gptforge.tokenizers.base import END_OF_TEXT as EOT
 
@@ -281,14 +280,6 @@ def test_duplicates_across_shards(tmp_path, doctor) -> None:
     write_shard(tmp_path / "x_val_1.bin", [i for ids in documents[5:8] for i in ids])
     out = doctor(".", "--context_length", 8)
     assert "3 documents are in both splits, first document 1 of val" in out
-
-
-@pytest.mark.parametrize("block", [1, 2, 3, 5, 2**20])
-def test_digests_of_documents_across_blocks(monkeypatch, block) -> None:
-    monkeypatch.setattr(shards, "BLOCK_TOKENS", block)
-    tokens = np.array([9, 1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 5, 9, 9, 1, 2], np.uint16)
-    digests = list(shards._document_digests(tokens, 9))
-    assert len(digests) == 3 and digests[0] == digests[1] != digests[2]
 
 
 def test_training_reports_the_same(tmp_path, program, doctor) -> None:

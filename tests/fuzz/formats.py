@@ -210,8 +210,8 @@ def parquet() -> bytes:
 def use_tokenizer(tokenizer: tokenizers.Tokenizer) -> None:
     """Call all methods of a tokenizer."""
     ids = [int(i) for i in tokenizer.encode("to be")]
-    tokenizers.decode(tokenizer, ids)
-    tokenizers.byte_lengths(tokenizer)
+    tokenizers.base.decode(tokenizer, ids)
+    tokenizers.base.byte_lengths(tokenizer)
     json.dumps(tokenizer.to_json())
 
 

@@ -9,12 +9,8 @@ from hypothesis import strategies as st
 
 from gptforge import tokenizers
 from gptforge.errors import UserError
-from gptforge.tokenizers import (
-    byte_lengths,
-    char_lengths,
-    decode,
-    from_name,
-)
+from gptforge.tokenizers import from_name
+from gptforge.tokenizers.base import byte_lengths, char_lengths, decode
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
 

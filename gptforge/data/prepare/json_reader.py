@@ -21,7 +21,7 @@ from gptforge.data.prepare.text_io import (
     split_lines,
 )
 from gptforge.errors import error_reason
-from gptforge.printable import printable
+from gptforge.printable import join_first, printable
 
 DEFAULT_FIELD = "text"
 CHAT_FIELDS = ("messages", "conversations", "conversation")  # read if there is no field "text"
@@ -218,8 +218,7 @@ def available_fields_hint(names: Sequence[str], texts: Sequence[str]) -> str:
 
 
 def _join_names(names: Sequence[str]) -> str:
-    more = ", ..." if len(names) > MAX_LISTED_FIELDS else ""
-    return ", ".join(printable(name, 40) for name in names[:MAX_LISTED_FIELDS]) + more
+    return join_first([printable(name, 40) for name in names], MAX_LISTED_FIELDS)
 
 
 def _join_chat(messages: Sequence[Any]) -> str | None:

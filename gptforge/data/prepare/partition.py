@@ -22,7 +22,7 @@ from gptforge.data.prepare.text_io import InputPart, TextFormat, TextStats, text
 # GPT-2's pre-tokenization pattern always splits here: before the last of several blanks.
 SAFE_CUT_BYTES = re.compile(rb"(?<!\r)[ \n](?=[^\s])")
 SEARCH_BLOCK = 2**16
-MAX_SEARCH_BYTES = 2**26  # stop looking for a safe cut after so many bytes
+MAX_SEARCH_BYTES = 2**26  # stop looking for a safe cut after this many bytes
 FindNext = Callable[[IO[bytes], int, int], int | None]
 
 

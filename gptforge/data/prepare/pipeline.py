@@ -112,7 +112,7 @@ def prepare(
 
 @contextlib.contextmanager
 def no_skip_of_only_file(sources: Sequence[Source]) -> Iterator[None]:
-    """Let errors not suggest to skip the only file, which would leave nothing."""
+    """Keep errors from suggesting to skip the only file, which would leave nothing."""
     try:
         yield
     except BadInputError as error:

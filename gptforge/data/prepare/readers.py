@@ -3,7 +3,8 @@
 `read_split` gives their split as well, to encode them or to learn a tokenizer from them.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
@@ -16,7 +17,6 @@ from gptforge.data.prepare.text_io import (
     CRLF_NOTICE,
     MAX_LINE_LENGTH,
     SURROGATE_NOTICE,
-    Chunk,
     InputPart,
     TextFormat,
     text_stats,
@@ -25,7 +25,7 @@ from gptforge.data.shard_index import SplitName
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import SAFE_CUT
 
-SMALL_FILE_BYTES = 2**23  # text files up to this size are kept in memory instead of read twice
+UP_TO_LAST_SAFE_CUT = re.compile(f".*{SAFE_CUT.pattern}", re.DOTALL)
 MAX_UNBROKEN_CHARS = 2**26  # a longer run without whitespace is not text
 
 
@@ -35,26 +35,23 @@ def has_many_documents(source: Source, text_format: TextFormat) -> bool:
 
 
 def read_documents(part: InputPart) -> Iterator[tuple[int, str]]:
-    """The index of each document in the part, and its text, without empty ones."""
-    source, bad_input = part.source, part.bad_input
-    if source.kind == "csv":
-        texts = read_csv(part)
-    elif source.kind == "text":
-        texts = _read_delimited(part)
-    elif source.kind == "parquet":
-        texts = read_parquet(part)
-    else:
-        texts = read_json(part)
-    try:
-        for index, text in enumerate(texts):
-            if "\0" in text:
-                location = f"{source.name}, document {index + 1}"
-                bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
-            elif text.strip():
-                yield index, clean_text(text, part)
-    except BadInput as bad:
-        # The rest of the file cannot be read.
-        bad_input.handle(bad)
+    """The index of each document in the part, and its text, without empty ones.
+
+    A BadInput if the rest of the file cannot be read.
+    """
+    readers = {
+        "csv": read_csv,
+        "jsonl": read_json,
+        "parquet": read_parquet,
+        "text": _read_delimited,
+    }
+    texts = readers[part.source.kind](part)
+    for index, text in enumerate(texts):
+        if "\0" in text:
+            location = f"{part.source.name}, document {index + 1}"
+            part.bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
+        elif text.strip():
+            yield index, clean_text(text, part)
 
 
 def clean_text(text: str, part: InputPart) -> str:
@@ -141,17 +138,15 @@ def _split_documents(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterat
 
 def _split_text(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[SplitText]:
     """A single text, which may not fit into memory, cut between words while it is read."""
-    source, split, cut = part.source, span.split, None
-    is_small = source.size <= SMALL_FILE_BYTES and not source.compression
-    chunks: Iterable[Chunk] = list(part.read_chunks()) if is_small else part.read_chunks()
+    split, cut = span.split, None
     if split is None:
-        stats = text_stats(chunks if is_small else part.read_chunks())
+        stats = text_stats(part.read_chunks())
         if stats.is_blank:
             return
         split = rule.assign((span.source_index, 0), stats.digest)
         cut = rule.cut if rule.rule == "character" else None
     pending, num_chars, starts_document = "", 0, span.starts_document
-    for chunk in chunks:
+    for chunk in part.read_chunks():
         part.note_fixes(chunk)
         text = chunk.text
         if cut is not None and cut - num_chars < len(text):
@@ -167,18 +162,12 @@ def _split_text(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[Sp
             pending, starts_document = pending[position:], False
         elif len(pending) > MAX_UNBROKEN_CHARS:
             problem = f"{MAX_UNBROKEN_CHARS:,} characters without a space"
-            raise UserError(f"{source.name}: {problem}: this is not text; leave it out")
+            raise UserError(f"{part.source.name}: {problem}: this is not text; leave it out")
     if pending:
         yield SplitText(pending, split, 0, starts_document, part.bytes_read)
 
 
 def last_safe_cut(text: str, start: int = 1) -> int | None:
     """Find the last index, at least `start`, where cutting a text changes none of its ids."""
-    end = len(text)
-    while end > start:
-        begin = max(start, end - 4096)
-        cuts = [match.start() for match in SAFE_CUT.finditer(text, begin, end + 1)]
-        if cuts:
-            return cuts[-1]
-        end = begin
-    return None
+    match = UP_TO_LAST_SAFE_CUT.match(text, start)
+    return match.end() - 1 if match else None

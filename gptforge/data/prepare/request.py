@@ -12,14 +12,11 @@ from gptforge.data.prepare.sources import (
     FileKind,
     KindFlag,
     Source,
-    describe_ignored_files,
     find_sources,
-    raise_error,
 )
 from gptforge.data.prepare.split import describe_filename_splits, split_by_name, split_shards
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import read_index
-from gptforge.errors import explain_os_error
 from gptforge.tokenizers import Tokenizer
 
 _KINDS_WITH: dict[str, dict[FileKind, str]] = {
@@ -28,7 +25,7 @@ _KINDS_WITH: dict[str, dict[FileKind, str]] = {
     "split_on": {"text": "text"},
 }
 """The kinds of files that a flag of `TextFormat` has an effect on."""
-RAW_BIN_UNUSED = "--raw_bin has no effect: the input is no .bin file"
+RAW_BIN_UNUSED = "--raw_bin has no effect: the input is not a .bin file"
 FINGERPRINT_BYTES = 2**16  # at each end of a file
 SHARD_SUFFIX = ".bin"
 COMPRESSION_RATIO = 3
@@ -89,17 +86,13 @@ class PrepareRequest(TextOptions):
 def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> FileSelection:
     """Select the files that a request reads; `spool_dir` gets the content of pipes."""
     notices: list[str] = []
-
-    def skip(error: OSError) -> None:
-        notices.append(f"skipped {error.filename}: {explain_os_error(error)[0]}")
-
     sources = find_sources(
         request.names,
         kind=request.kind,
         spool_dir=spool_dir,
-        on_error=skip if request.skip_bad else raise_error,
+        skip_unreadable=request.skip_bad,
+        notices=notices,
     )
-    notices += [notice for name in request.names if (notice := describe_ignored_files(name))]
     val_sources: tuple[int, ...] = ()
     if request.split_by_name:
         paths = [source.path for source in sources]

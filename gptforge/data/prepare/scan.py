@@ -62,18 +62,17 @@ def _scan_documents(
     """The statistics of each document that is not blank; those of text files go to `found`, too."""
     for index, source in enumerate(sources):
         part = InputPart(source, text_format, bad_input)
-        if has_many_documents(source, text_format):
-            for number, text in read_documents(part):
-                sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
-                yield DocumentStats((index, number), len(text), int(sha256[:16], 16), sha256)
-            continue
         try:
-            stats = found[index] = text_stats(part.read_chunks())
+            if has_many_documents(source, text_format):
+                for number, text in read_documents(part):
+                    sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+                    yield DocumentStats((index, number), len(text), int(sha256[:16], 16), sha256)
+            else:
+                stats = found[index] = text_stats(part.read_chunks())
+                if not stats.is_blank:
+                    yield DocumentStats((index, 0), stats.num_chars, stats.digest, stats.sha256)
         except BadInput as bad:
             bad_input.handle(bad)
-            continue
-        if not stats.is_blank:
-            yield DocumentStats((index, 0), stats.num_chars, stats.digest, stats.sha256)
 
 
 def _describe_separator(

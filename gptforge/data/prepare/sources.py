@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from gptforge import files
-from gptforge.errors import UserError
+from gptforge.errors import UserError, explain_os_error
 from gptforge.patterns import expand_glob
 from gptforge.printable import pluralize, printable
 from gptforge.shell import quote
@@ -22,8 +22,6 @@ from gptforge.shell import quote
 FileKind = Literal["text", "jsonl", "parquet", "csv"]
 KindFlag = FileKind | Literal["auto"]  # auto: by the suffix of each file
 Compression = Literal["", "gz", "zst", "xz"]
-
-OnError = Callable[[OSError], None]
 
 KIND_BY_SUFFIX: dict[str, FileKind] = {
     **dict.fromkeys((".txt", ".md", ".markdown", ".text"), "text"),
@@ -69,17 +67,13 @@ class Source:
             raise UserError(f"{self.name} changed while it was read: {hint}")
 
 
-def raise_error(error: OSError) -> None:
-    """Do not skip what cannot be read."""
-    raise error
-
-
 def find_sources(
     names: Sequence[str],
     *,
     kind: KindFlag = "auto",
     spool_dir: Path | None = None,
-    on_error: OnError = raise_error,
+    skip_unreadable: bool = False,
+    notices: list[str] | None = None,
 ) -> list[Source]:
     """Expand names to files, in the order given; those of a folder or pattern are sorted.
 
@@ -87,13 +81,21 @@ def find_sources(
         names: files, folders, patterns with * ? or [], and - for standard input.
         kind: of all files.
         spool_dir: folder for copies of standard input and pipes, since files are read twice.
-        on_error: called for a file or folder in a folder that the system does not allow to look
-            at; if it returns, that is skipped.
+        skip_unreadable: skip files and folders in a folder that the system does not allow to look
+            at.
+        notices: gets what was skipped, and which other files of a folder are not read.
 
     Raises:
         UserError: if a name matches nothing, or a file is named twice.
     """
     sources: list[Source] = []
+    notices = [] if notices is None else notices
+
+    def on_error(error: OSError) -> None:
+        if not skip_unreadable:
+            raise error
+        notices.append(f"skipped {error.filename}: {explain_os_error(error)[0]}")
+
     for name in names:
         if name == "-" or is_pipe(Path(name)):
             if spool_dir is None:
@@ -105,7 +107,7 @@ def find_sources(
             path = spool_dir / (STDIN_FILE if name == "-" else f"{STDIN_FILE}-{len(sources)}")
             sources.append(_spooled_source(name, path, kind))
         else:
-            sources += [_file_source(path, kind) for path in _expand(name, on_error)]
+            sources += [_file_source(path, kind) for path in _expand(name, on_error, notices)]
     by_path: dict[Path, Source] = {}
     for source in sources:
         if by_path.setdefault(files.real_path(source.path), source) is not source:
@@ -114,28 +116,21 @@ def find_sources(
 
 
 @contextmanager
-def open_sources(
-    names: Sequence[str], *, kind: KindFlag = "auto", on_error: OnError = raise_error
-) -> Iterator[list[Source]]:
+def open_sources(names: Sequence[str], **options: Any) -> Iterator[list[Source]]:
     """`find_sources` with a temporary spool folder."""
     with tempfile.TemporaryDirectory(prefix="gptforge-") as spool_dir:
-        yield find_sources(names, kind=kind, spool_dir=Path(spool_dir), on_error=on_error)
+        yield find_sources(names, spool_dir=Path(spool_dir), **options)
 
 
-def describe_ignored_files(name: str) -> str:
-    """Count what is not read of a folder, files by suffix; empty if there is nothing."""
-    if name == "-" or not Path(name).is_dir():
-        return ""
-    found = _walk(Path(name), lambda error: None)  # `find_sources` has reported the errors
-    counts = Counter(reason for path in found if (reason := _ignored_as(path)))
+def _describe_ignored(counts: Counter[str], name: str) -> str:
     listed = [f"{count:,} {suffix}" for suffix, count in counts.most_common(MAX_SUFFIXES)]
     if others := sum(count for _, count in counts.most_common()[MAX_SUFFIXES:]):
         listed.append(f"{others:,} others")
     subject = pluralize(counts.total(), "file is", "files are")
-    return f"{subject} ignored in {name}, by suffix: {', '.join(listed)}" if counts else ""
+    return f"{subject} ignored in {name}, by suffix: {', '.join(listed)}"
 
 
-def _expand(name: str, on_error: OnError) -> list[Path]:
+def _expand(name: str, on_error: Callable[[OSError], None], notices: list[str]) -> list[Path]:
     path = Path(name)
     if not name:
         raise UserError(
@@ -147,11 +142,14 @@ def _expand(name: str, on_error: OnError) -> list[Path]:
         if _is_run(path) or _is_model(path):
             problem = "the folder of a run or a model, whose files are not training text"
             raise UserError(f"{name}: {problem}: --init_from {quote(name)} starts from its weights")
-        found = [file for file in _walk(path, on_error) if not _ignored_as(file)]
+        reasons = {file: _ignored_as(file) for file in _walk(path, on_error)}
+        found = [file for file, reason in reasons.items() if not reason]
         if not found:
             suffixes = f"{', '.join(FOLDER_SUFFIXES)} or one of these with .gz, .zst or .xz"
             problem = f"no text in this folder: nothing in it ends in {suffixes}"
             raise UserError(f"{name}: {problem}; name a .json, a .csv or any other file to read it")
+        if ignored := Counter(filter(None, reasons.values())):
+            notices.append(_describe_ignored(ignored, name))
         return sorted(found, key=lambda file: file.as_posix())
     if path.exists():
         return [path]
@@ -167,7 +165,7 @@ def _expand(name: str, on_error: OnError) -> list[Path]:
     return found
 
 
-def _walk(folder: Path, on_error: OnError) -> Iterator[Path]:
+def _walk(folder: Path, on_error: Callable[[OSError], None]) -> Iterator[Path]:
     """Files and links below a folder, without hidden ones and those of runs. Links to folders are
     not entered."""
     for root, folders, names in os.walk(folder, onerror=on_error):

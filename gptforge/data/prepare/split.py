@@ -177,7 +177,7 @@ def split_by_name(
 def split_shards(paths: Sequence[Path]) -> tuple[list[int], list[int]]:
     """Indices of the shards to train on, and of those to hold out, by their names.
 
-    Shards whose name says test are left out. If no shard is left to train on, names are no split.
+    Shards whose name says test are left out. If none is left to train on, names are ignored.
     """
     words = split_by_name(paths, require_train=False)
     val = [i for i, word in enumerate(words) if word == "val"]

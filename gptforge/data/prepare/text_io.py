@@ -32,7 +32,7 @@ BOM = "\ufeff"
 HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 3.14 and later
 CRLF_NOTICE = "turned CRLF line ends into LF"
 CR_NOTICE = "kept CR without LF, which is not turned into a line end"
-SURROGATE_NOTICE = "replaced lone surrogates, which are no characters, with U+FFFD"
+SURROGATE_NOTICE = "replaced lone surrogates, which are not characters, with U+FFFD"
 EXTRACT_HINT = "extract the text, and give that"
 BINARY_BY_MAGIC = {
     b"PK\3\4": "a ZIP archive, as .docx and .epub are",

@@ -1,5 +1,7 @@
 // Training curves as SVG; pointing at one shows the values of its step in all of them.
 
+import { html } from "./html.js";
+
 const CHARTS = [
   { title: "Loss", unit: "nats per token", curves: [["train", "loss", "train"], ["evals", "val_loss", "held-out"]] },
   { title: "Speed", unit: "tokens per second", fromZero: true, curves: [["train", "tok_per_sec", ""]] },
@@ -13,7 +15,7 @@ const MARGIN = { left: 66, right: 22, top: 12, bottom: 42 };
 export function drawCharts(container, run) {
   if (!container.clientWidth || !run.train.step.length) return;
   // Another width changes the layout, so the first chart is measured inside it.
-  container.replaceChildren(...CHARTS.map(() => document.createElement("figure")));
+  container.replaceChildren(...CHARTS.map(() => html("figure")));
   const width = container.firstChild.clientWidth;
   const charts = CHARTS.map((chart, i) => new Chart(container.children[i], chart, run, width));
   const point = (step) => charts.forEach((chart) => chart.point(step));
@@ -34,9 +36,8 @@ export function drawCharts(container, run) {
 
 class Chart {
   constructor(figure, { title, unit, fromZero, curves }, run, width) {
-    const caption = document.createElement("figcaption");
-    this.readout = document.createElement("output");
-    caption.append(Object.assign(document.createElement("b"), { textContent: title }), this.readout);
+    this.readout = html("output");
+    const caption = html("figcaption", {}, html("b", {}, title), this.readout);
     this.curves = curves.map(([events, name, label]) => ({
       label,
       hasMarks: events === "evals",
@@ -79,12 +80,8 @@ class Chart {
   point(step) {
     const found = this.curves.map((curve) => [curve, nearest(curve.points, step)]);
     const shown = found.filter(([, point]) => point);
-    const values = shown.map(([curve, [, y]]) => {
-      const value = document.createElement("span");
-      value.className = `c${this.curves.indexOf(curve)}`;
-      value.textContent = ` ${curve.label} ${format(y)}`;
-      return value;
-    });
+    const values = shown.map(([curve, [, y]]) =>
+      html("span", { className: `c${this.curves.indexOf(curve)}` }, ` ${curve.label} ${format(y)}`));
     this.readout.replaceChildren(...(shown.length ? [`step ${format(shown[0][1][0])}:`] : []), ...values);
     this.cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
     if (step === null || !shown.length) return;

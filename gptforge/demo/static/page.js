@@ -1,6 +1,7 @@
 // The page: prompt and settings, kept in the address; tabs; one or two sheets of text.
 
 import { drawCharts } from "./charts.js";
+import { html } from "./html.js";
 import { Sheet, copy } from "./sheet.js";
 
 const POLL_MS = 5000;
@@ -174,11 +175,7 @@ function showTraining() {
 }
 
 function tile([name, value, note]) {
-  const element = document.createElement("div");
-  for (const [tag, text] of [["span", name], ["b", value], ["span", note]]) {
-    element.append(Object.assign(document.createElement(tag), { textContent: text }));
-  }
-  return element;
+  return html("div", {}, html("span", {}, name), html("b", {}, value), html("span", {}, note));
 }
 
 function showSample() {
@@ -204,9 +201,7 @@ async function start() {
   // Compare with how it wrote before it had learned.
   sheets[1].settings.checkpoint.value = run.checkpoints.at(-1)[0];
   for (const text of run.prompts) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = text;
+    const button = html("button", { type: "button" }, text);
     button.addEventListener("click", () => {
       form.prompt.value = text;
       saveAddress();

@@ -1,5 +1,6 @@
 // One generated text: its settings, tokens, status and buttons.
 
+import { html } from "./html.js";
 import { complete } from "./stream.js";
 import { hideTip, showTip } from "./tip.js";
 
@@ -90,11 +91,9 @@ export class Sheet {
   }
 
   #begin(prompt, fileName) {
-    const start = document.createElement("span");
-    start.className = "prompt";
-    start.textContent = this.written = prompt;
+    this.written = prompt;
     this.fileName = fileName;
-    this.text.replaceChildren(start);
+    this.text.replaceChildren(html("span", { className: "prompt" }, prompt));
     this.text.classList.remove("blank");
     this.text.setAttribute("aria-busy", "true"); // shows the caret
     this.isFollowing = true;
@@ -103,10 +102,9 @@ export class Sheet {
 
   #append({ tokens, token_logprobs, top_logprobs }) {
     const spans = tokens.map((token, i) => {
-      const span = document.createElement("span");
       const probability = Math.exp(token_logprobs[i]);
-      span.className = `t s${BINS.filter((bound) => probability >= bound).length}`;
-      span.textContent = token;
+      const bin = BINS.filter((bound) => probability >= bound).length;
+      const span = html("span", { className: `t s${bin}` }, token);
       span.classList.toggle("line", token.startsWith("\n"));
       span.token = { text: token, probability, alternatives: top_logprobs[i] };
       return span;
@@ -163,11 +161,10 @@ export class Sheet {
     copyButton.disabled = download.disabled = true;
     copyButton.addEventListener("click", () => copy(this.written, copyButton, this.announce));
     download.addEventListener("click", () => {
-      const link = document.createElement("a");
-      link.href = URL.createObjectURL(new Blob([this.written], { type: "text/plain" }));
-      link.download = this.fileName;
+      const href = URL.createObjectURL(new Blob([this.written], { type: "text/plain" }));
+      const link = html("a", { href, download: this.fileName });
       link.click();
-      URL.revokeObjectURL(link.href);
+      URL.revokeObjectURL(href);
     });
   }
 }
@@ -178,8 +175,7 @@ export async function copy(text, button, announce) {
     await navigator.clipboard.writeText(text);
   } catch {
     // Browsers have no clipboard for plain HTTP, except on this machine.
-    const area = document.createElement("textarea");
-    area.value = text;
+    const area = html("textarea", { value: text });
     document.body.append(area);
     area.select();
     document.execCommand("copy");

@@ -1,5 +1,7 @@
 // A token's probability and the most likely tokens at its place.
 
+import { html } from "./html.js";
+
 const SYMBOLS = { "": "…", "\n": "↵", " ": "␣" };
 const GAP = 8;
 const tip = document.getElementById("tip");
@@ -9,7 +11,8 @@ export function showTip(span) {
   const { text, probability, alternatives } = span.token;
   const rows = Object.entries(alternatives).map(([name, logprob]) => [name, Math.exp(logprob)]);
   rows.sort(([, a], [, b]) => b - a); // objects list digits first
-  tip.replaceChildren(heading(text, probability), ...rows.flatMap(row));
+  const heading = html("b", {}, `${visible(text)}  ${percent(probability)}`);
+  tip.replaceChildren(heading, ...rows.flatMap(row));
   tip.hidden = false;
   const token = span.getClientRects()[0] ?? span.getBoundingClientRect();
   const { width, height } = tip.getBoundingClientRect();
@@ -23,19 +26,10 @@ export function hideTip() {
   tip.hidden = true;
 }
 
-function heading(text, probability) {
-  const line = document.createElement("b");
-  line.textContent = `${visible(text)}  ${percent(probability)}`;
-  return line;
-}
-
 function row([name, probability]) {
-  return [visible(name), percent(probability), ""].map((content, i) => {
-    const cell = document.createElement("span");
-    cell.textContent = content;
-    if (i === 2) cell.style.width = `${100 * probability}px`;
-    return cell;
-  });
+  const bar = html("span");
+  bar.style.width = `${100 * probability}px`;
+  return [html("span", {}, visible(name)), html("span", {}, percent(probability)), bar];
 }
 
 const percent = (probability) => `${(100 * probability).toFixed(1)}%`;

@@ -11,7 +11,7 @@ from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import VERIFIED_FILE, Index
 from gptforge.data.token_dataset import ShardDataset
-from gptforge.tokenizers import decode
+from gptforge.tokenizers.base import decode
 
 EOT = "<|endoftext|>"
 WORDS = ["light", "yonder", "window", "café", "日本", "it's", "1,024", "breaks", "  ", "\n", "soft"]

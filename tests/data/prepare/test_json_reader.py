@@ -11,10 +11,10 @@ from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare import text_io
 from gptforge.data.prepare.json_reader import CHAT_NOTICE
 from gptforge.data.prepare.pipeline import prepare
-from gptforge.data.prepare.readers import read_documents
 from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.prepare.scan import iter_text
 from gptforge.data.prepare.sources import find_sources
-from gptforge.data.prepare.text_io import InputPart, TextFormat
+from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index
 from gptforge.data.token_dataset import ShardDataset
 
@@ -25,8 +25,7 @@ JOINED = "user: Hi\n\nassistant: Hello.\nYes?"
 def read_texts(path: Path, bad_input: BadInputHandler | None = None, **options) -> list[str]:
     (source,) = find_sources([str(path)])
     bad_input = bad_input or BadInputHandler(skip=False)
-    part = InputPart(source, TextFormat(**options), bad_input)
-    return [text for _, text in read_documents(part)]
+    return list(iter_text(source, TextFormat(**options), bad_input))
 
 
 def run_prepare(out: Path, path: Path, **options) -> Index:

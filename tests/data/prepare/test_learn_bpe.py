@@ -20,7 +20,7 @@ from gptforge.data.prepare.scan import scan
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
 from gptforge.estimate.formulas import default_vocab_size
-from gptforge.tokenizers import char_lengths, decode
+from gptforge.tokenizers.base import char_lengths, decode
 from gptforge.tokenizers.hf_bpe import train_bpe
 from tests.data.prepare.small_datasets import (
     DOCUMENTS,

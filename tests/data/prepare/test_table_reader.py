@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare import text_io
-from gptforge.data.prepare.readers import read_documents
+from gptforge.data.prepare.scan import iter_text
 from gptforge.data.prepare.sources import find_sources
-from gptforge.data.prepare.text_io import InputPart, TextFormat
+from gptforge.data.prepare.text_io import TextFormat
 
 
 def read_texts(path: Path, *, skip: bool = False, **options) -> list[str]:
     (source,) = find_sources([str(path)])
-    part = InputPart(source, TextFormat(**options), BadInputHandler(skip))
-    return [text for _, text in read_documents(part)]
+    return list(iter_text(source, TextFormat(**options), BadInputHandler(skip)))
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.csv", ";"), ("t.tsv", "\t")])
