@@ -50,7 +50,7 @@ class CompareArgs:
     """Compare training runs: their curves, where their configurations differ, and which is better.
 
     Runs that differ only by seed are grouped; a difference counts as real only if it is large
-    compared with the spread over seeds. A run whose --max_steps was raised is in its own group."""
+    compared with the spread over seeds. Runs whose --max_steps was raised are separate."""
 
     runs: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
