@@ -46,10 +46,10 @@ class Config:
     """Train a GPT-2."""
 
     preset: str = ""
-    """Named starting point; empty: on a CUDA GPU auto for an --input of your own, else gpt2, and
-    shakespeare-cpu elsewhere."""
+    """Named configuration to start from; empty: on a CUDA GPU auto with an --input of your own and
+    gpt2 without one, elsewhere shakespeare-cpu."""
     config: str = ""
-    """TOML file with any of these fields; flags override it, it overrides the preset."""
+    """TOML file with any of these fields; it overrides the preset, and flags override it."""
 
     input: str = ""
     """What to train on: a text file, a folder of them, or token shards; empty: input.txt in this
@@ -61,8 +61,8 @@ class Config:
     kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
     """Format of the files; auto: by their names."""
     split_by_name: bool = True
-    """If file names say train, hold out those that say val, valid, validation or dev and skip those
-    that say test; false: treat all files alike."""
+    """If a file name contains the word train, hold out files with val, valid, validation or dev in
+    their names, and skip those with test; false: treat all files alike."""
     raw_bin: bool = False
     """Read .bin files as raw uint16 ids without a header, as nanoGPT writes them."""
     tokenizer: str = "gpt2"
@@ -73,12 +73,12 @@ class Config:
     shuffle: bool = True
     """Permute the training sequences in each epoch; false: the order of the text."""
     random_offset: bool = False
-    """Shift where the text is cut into sequences at random in each epoch; helps on small texts."""
+    """Cut the text into sequences at a random offset in each epoch; helps on small texts."""
     context_length: int = 1024
     """Tokens in a training sequence; at most block_size."""
 
     block_size: int = 1024
-    """Longest sequence the model can read: rows of its position embedding."""
+    """Longest sequence that the model can read: rows of its position embedding."""
     vocab_size: int = 0
     """Rows of the token embedding, and ids that --tokenizer bpe learns; 0: the tokenizer's size
     rounded up to a multiple of 64."""
@@ -96,7 +96,7 @@ class Config:
     dropout: float = 0.0
     """Dropout probability in training."""
     dropout_ramp: float = 0.0
-    """Fraction of max_steps, the first ones, in which dropout rises linearly from 0; 0: constant
+    """Raise dropout linearly from 0 during this first fraction of max_steps; 0: constant
     dropout."""
 
     batch_size: int = 32
@@ -106,7 +106,7 @@ class Config:
     max_steps: int = 500
     """Optimizer steps to make."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon: Muon for the blocks' matrices and AdamW for all else."""
+    """adamw, or muon: Muon for the matrices of the blocks and AdamW for everything else."""
     max_lr: float = 1e-3
     """Learning rate at the end of the warmup."""
     min_lr: float = 1e-4
@@ -114,16 +114,16 @@ class Config:
     warmup_steps: int = 100
     """Steps of linear learning rate warmup."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """After the warmup: cosine or linear decay to min_lr; constant: max_lr; wsd: max_lr and a decay
-    at the end, before which a run with more steps resumes."""
+    """After the warmup: cosine or linear decay to min_lr; constant: max_lr; wsd: max_lr, then a
+    decay at the end; if the run is extended, it resumes before the decay."""
     decay_fraction: float = 0.2
-    """Fraction of max_steps, the last ones, in which wsd decays."""
+    """Last fraction of max_steps, in which wsd decays."""
     weight_decay: float = 0.1
-    """Weight decay of matrices and embeddings, times the learning rate."""
+    """Weight decay of matrices and embeddings; it is multiplied by the learning rate."""
     embedding_weight_decay: float = -1.0
     """Weight decay of the embeddings; -1: weight_decay."""
     muon_lr: float = 0.0
-    """Learning rate at the end of the warmup of the matrices that Muon trains; 0: max_lr."""
+    """Learning rate at the end of the warmup for the matrices that Muon trains; 0: max_lr."""
     muon_weight_decay: float = -1.0
     """Weight decay of the matrices that Muon trains; -1: weight_decay."""
     beta1: float = 0.9
@@ -133,48 +133,48 @@ class Config:
     grad_clip: float = 1.0
     """Maximum gradient norm; 0: no clipping."""
     ema: float = 0.0
-    """Decay of the exponential moving average of the weights, which is then evaluated, saved and
-    exported in their place; 0: none."""
+    """Decay of an exponential moving average of the weights, which is evaluated, saved and exported
+    in their place; 0: no average."""
     token_noise: float = 0.0
-    """Probability that a training input token is replaced by another one of its batch; the targets
+    """Probability that a training input token is replaced by another token of its batch; targets
     are unchanged."""
     seed: int = 1337
     """Seed of initial weights, shuffling, dropout and samples."""
     init_from: str = ""
-    """Run or checkpoint to take initial weights from, or a model to import from Hugging Face or
+    """Run or checkpoint to take the initial weights from, or a model to import from Hugging Face or
     nanoGPT; empty: random weights."""
 
     teachers: int = 0
-    """Models of the same shape, with seeds seed + 1, seed + 2, ..., to train one after another
-    before the model, which then also learns from the mean of their probabilities; 0: none."""
+    """Number of models of the same shape, with seeds seed + 1, seed + 2, ..., to train first; the
+    model then also learns from the mean of their probabilities."""
     teacher_steps: int = 0
-    """Optimizer steps to make with each teacher; 0: as max_steps."""
+    """Optimizer steps to make with each teacher; 0: max_steps."""
     distill_weight: float = 0.5
     """Weight of the teachers' probabilities in the loss; that of the text is 1 - distill_weight."""
 
     out_dir: str = ""
     """Run folder; empty: runs/<preset>, or runs/<text>-<preset> with --input."""
     restart: bool = False
-    """Move an existing run folder aside and start from scratch."""
+    """Move an existing run folder to a backup and start from scratch."""
     log_every: int = 10
     """Steps between step lines; the first, and the last of max_steps, are always logged."""
     eval_every: int = 50
     """Steps between evaluations on the held-out text."""
     eval_tokens: int = 0
-    """Held-out tokens per evaluation, rounded up to full sequences, spread evenly; 0: all."""
+    """Held-out tokens per evaluation, rounded up to full sequences and spread evenly; 0: all."""
     save_every: int = 250
     """Steps between checkpoints; a new best one is saved at once."""
     keep_checkpoints: int = 1
-    """Checkpoints to keep besides best and last: the N latest, and N early ones, from a tenth, a
+    """Checkpoints to keep besides best and last: the N latest, and N early ones, at a tenth, a
     hundredth, ... of save_every steps, which show how the model wrote before it had learned."""
     sample_every: int = 100
     """Steps between samples; 0: only at the end."""
     time_limit: float = 0.0
     """Minutes from the start of the process after which to save and stop; 0: none."""
     patience: int = -1
-    """Stop after so many evaluations without a better held-out loss; 0: never; -1: if the text is
-    repeated more than 4 times, 5, or a fifth of all evaluations if that is more; never with the
-    presets gpt2*."""
+    """Stop after this many evaluations without a better held-out loss; 0: never; -1: never with the
+    presets gpt2* or if the text is repeated at most 4 times, else 5, or a fifth of all evaluations
+    if that is more."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -184,17 +184,17 @@ class Config:
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile; auto: on CUDA only."""
     mlp_matmul: Literal["auto", "cublas", "quack"] = "auto"
-    """No effect: always cuBLAS. Accepted since commands for version 0.1 may contain it."""
+    """No effect: always cuBLAS. Accepted because commands for version 0.1 may contain it."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass: less memory, a third slower."""
+    """Save only each block's input for the backward pass: less memory, a third slower."""
     loss_chunk: int = 0
-    """Tokens whose logits are computed at a time; fewer take less memory; 0: the fastest number."""
+    """Tokens to compute logits for at a time; fewer take less memory; 0: the fastest number."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Under torchrun: ddp replicates the model, fsdp shards it; auto: ddp if it fits."""
     deterministic: bool = False
     """Use deterministic GPU kernels: slower, bit-for-bit reproducible."""
     tracker: str = ""
-    """Experiment trackers to send the events to, separated by commas: tensorboard, wandb, trackio,
+    """Experiment trackers to send metrics to, separated by commas: tensorboard, wandb, trackio,
     mlflow; empty: none."""
 
     @property
@@ -249,12 +249,12 @@ FOREIGN_FIELDS = {
 }
 """Names in nanoGPT and other programs -> the name to suggest."""
 REMOVED_FIELDS = frozenset({"attention"})
-"""Fields of earlier versions that changed nothing of the results: ignored in their runs' files."""
+"""Fields of earlier versions that did not change results: ignored in the files of their runs."""
 FLAG_ONLY = frozenset({"restart", "config", "resume", "quiet", "verbose", "log_format"})
 """Apply to one start of the program, so a TOML file must not set them."""
 
 TEXT_FIELDS = ("input", "encoding", "field", "kind", "split_by_name", "raw_bin")
-"""Fields that select the text, apart from how it is split and tokenized."""
+"""Describe the text, apart from how it is split and tokenized."""
 # Fields that may differ when a run resumes. Of batch_size and gradient_accumulation_steps, the
 # product may not.
 MAY_CHANGE_ON_RESUME = frozenset(

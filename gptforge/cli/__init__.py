@@ -58,7 +58,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], type, str]] = {
     "runs": (runs.main, runs.RunsArgs, "list training runs"),
     "compare": (runs.compare_main, runs.CompareArgs, "compare runs, with a verdict"),
     "report": (runs.report_main, runs.ReportArgs, "write the report of a run, one HTML page"),
-    "plan": (plan.main, plan.PlanConfig, "show what a run will be and cost, and whether it fits"),
+    "plan": (plan.main, plan.PlanConfig, "show what a run will do and need, and whether it fits"),
     "sweep": (sweep.main, sweep.SweepConfig, "search hyperparameters with many training runs"),
     "bench": (bench.main, bench.BenchConfig, "measure how fast this machine trains and generates"),
     "cache": (prepare.cache_main, prepare.CacheArgs, "show or clear the cache of tokenized texts"),

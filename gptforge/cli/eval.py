@@ -21,9 +21,9 @@ class EvalArgs:
     """Evaluate a trained model: loss, perplexity and bits per byte on held-out text."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run folder, checkpoint folder, or a model that `export --to hf` or transformers wrote."""
+    """Run folder, checkpoint folder, or a model written by `export --to hf` or transformers."""
     data: str = ""
-    """Text to evaluate on, all of it, or token shards with a validation split; empty: the run's own
+    """Text to evaluate on in full, or token shards with a validation split; empty: the run's own
     validation split."""
     encoding: str = ""
     """Encoding of --data, for instance latin-1; empty: utf-8."""
@@ -40,7 +40,7 @@ class EvalArgs:
     include_path: str = ""
     """Folder with further tasks in the format of lm-evaluation-harness."""
     limit: int = 0
-    """Examples of each task to evaluate, the first ones; 0: all."""
+    """Number of examples of each task to evaluate; 0: all."""
     json: bool = False
     """Print one JSON object."""
     device: str = "auto"

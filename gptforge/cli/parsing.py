@@ -55,13 +55,13 @@ class TextFileArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetArgs(TextFileArgs):
-    """Flags of commands that split text files into documents, and these into train and val."""
+    """Flags of commands that split text files into documents, and documents into train and val."""
 
     val_fraction: float = 0.1
     """Fraction of the text held out for validation; 0: none."""
     split_by_name: bool = True
-    """If file names say train, hold out those that say val, valid, validation or dev and skip those
-    that say test; false: treat all files alike."""
+    """If a file name contains the word train, hold out files with val, valid, validation or dev in
+    their names, and skip those with test; false: treat all files alike."""
     split_on: str = ""
     """Cut text files into documents at this separator, for instance '<|endoftext|>'."""
     raw_bin: bool = False

@@ -1,4 +1,4 @@
-"""`gptforge plan`: what a run will be and cost, and whether it fits, before training."""
+"""`gptforge plan`: what a run will do and need, and whether it fits, before training."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class PlanConfig(Config):
-    """Show what a run will be and cost, without training. Takes all flags of train, and this."""
+    """Show what a run will do and need, without training. Takes all flags of train, and this."""
 
     json: bool = False
     """Print one JSON object on stdout, and the rest on stderr."""

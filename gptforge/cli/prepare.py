@@ -38,24 +38,24 @@ class PrepareArgs(DatasetArgs):
     tokenizer: str = "gpt2"
     """gpt2, char, byte, bpe (learned from the training part), or the path of a tokenizer.json."""
     vocab_size: int = 0
-    """Ids that --tokenizer bpe learns; 0: by the size of the text."""
+    """Ids that --tokenizer bpe learns; 0: depends on the size of the text."""
     skip_bad: bool = False
-    """Skip what is not text, and files that the system cannot read, and count them, instead of
+    """Skip and count what is not text, and files that the system cannot read, instead of
     stopping."""
     workers: int = 0
     """Processes; 0: one per core."""
     shard_mb: int = 64
     """Approximate megabytes of input per shard."""
     restart: bool = False
-    """Move an existing folder aside and start from scratch."""
+    """Move an existing folder to a backup and start from scratch."""
 
 
 @dataclass(frozen=True)
 class CacheArgs:
-    """Show where texts are cached once they are tokenized, and how much disk they take."""
+    """Show where tokenized texts are cached, and how much disk they take."""
 
     clear: bool = False
-    """Delete them; training prepares them again when it needs them."""
+    """Delete them; training prepares a text again when it needs it."""
 
 
 @dataclass(frozen=True)

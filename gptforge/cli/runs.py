@@ -30,7 +30,7 @@ class RunsArgs:
     """List the training runs in a folder, newest first: state, best held-out loss, steps, time."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[DIR]")] = "runs"
-    """Folder of run folders, which may be nested, as those of a sweep are."""
+    """Folder that contains run folders, also in subfolders."""
     json: bool = False
     """Print a JSON list with an object for each run."""
 
@@ -49,8 +49,8 @@ class ReportArgs:
 class CompareArgs:
     """Compare training runs: their curves, where their configurations differ, and which is better.
 
-    Runs that differ by the seed alone are grouped; a difference counts as real only if it is large
-    against the spread of seeds. A run whose --max_steps was raised followed another schedule."""
+    Runs that differ only by seed are grouped; a difference counts as real only if it is large
+    compared with the spread over seeds. Runs whose --max_steps was raised are separate."""
 
     runs: Annotated[
         tyro.conf.Positional[tuple[str, ...]],

@@ -42,7 +42,7 @@ class SampleArgs:
     top_k: int = 200
     """Sample among the k most likely tokens; 0: among all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens that hold this much probability."""
+    """Sample among the most likely tokens with this total probability."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Stop before this text; may be given several times."""
     seed: int = 1337
@@ -50,7 +50,7 @@ class SampleArgs:
     num_samples: int = 1
     """Number of texts, with consecutive seeds."""
     interactive: bool = False
-    """Continue one line after another, as you type them."""
+    """Read prompts line by line, and continue each."""
     json: bool = False
     """Print one JSON object per text: prompt, text, seed, ended, ids and their logprobs."""
     dtype: str = "auto"
@@ -66,7 +66,7 @@ class DemoArgs:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder, checkpoint folder or exported model."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0: reachable from other machines."""
+    """Address to listen on; 0.0.0.0: reachable from other machines."""
     port: int = 0
     """Port; 0: the first free one from 7860 on."""
     device: str = "auto"

@@ -37,7 +37,7 @@ class SweepConfig(Config):
     """Train --trials random combinations of values and ranges: max_lr=log:1e-4..1e-2
     dropout=0..0.4. Needs Optuna."""
     tpe: Specs = ()
-    """Like --random, but each trial learns from the earlier ones, by Optuna's TPE sampler."""
+    """Like --random, but each trial learns from the earlier ones, with Optuna's TPE sampler."""
     trials: int = 20
     """Trials of --random and --tpe."""
     seeds: int = 1

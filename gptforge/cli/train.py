@@ -46,7 +46,7 @@ class TrainArgs(Config):
     """Train a GPT-2."""
 
     resume: str = ""
-    """Run to resume, or a checkpoint in it; its configuration holds, and other flags may follow."""
+    """Run to resume, or a checkpoint in it, with its configuration; other flags may be added."""
     quiet: bool = False
     """Print only warnings, errors and the result."""
     verbose: bool = False

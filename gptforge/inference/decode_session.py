@@ -25,7 +25,7 @@ from gptforge.kernels.sampling import sample_top_k, supports_sample_top_k
 WARMUP_STEPS = 3
 """Steps before the capture: the first initializes libraries, which cannot be captured."""
 MAX_GRAPH_PREFILL = 2048
-"""Tokens of a prefill that is captured: longer ones take the GPU longer than their launches."""
+"""Longest prefill to capture; for longer ones, computing takes longer than launching kernels."""
 
 
 class DecodeSession:
@@ -113,7 +113,7 @@ class DecodeSession:
             self._length += 1
 
     def read_tokens(self, first: int, last: int) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Start to copy the results of steps first to last - 1; returns the function that waits.
+        """Start copying the results of steps first to last - 1; returns a function that waits.
 
         They are ids and log probabilities, both (B, n, 1 + A).
         """
@@ -143,7 +143,7 @@ class DecodeSession:
         """Prefill of prompts padded on the right to a power of two, so that few graphs serve all.
 
         Attention is causal: padding only affects slots that decode steps write before they read
-        them. A graph is captured at the second prefill of a length: one would not repay it.
+        them. A graph is captured at the second prefill of a length: a single use would not pay off.
         """
         step = partial(self._static_prefill, length)
         graph = None

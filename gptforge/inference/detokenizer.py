@@ -25,7 +25,7 @@ class IncrementalDetokenizer:
 
 
 class StopMatcher:
-    """Finds the first stop string that completes; the longest, if several end together."""
+    """Finds the first stop string that is complete; the longest, if several end together."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = [text for text in stop if text]
@@ -72,7 +72,7 @@ class CompletionBuilder:
         self.is_finished = False
 
     def add(self, token: int, logprob: float = 0.0) -> str:
-        """Append a token, unless the end was before it; returns the text that is certain now."""
+        """Append a token, unless the text has ended; returns the text that is now certain."""
         if self.is_finished:
             return ""
         self._ids.append(token)

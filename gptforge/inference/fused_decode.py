@@ -1,6 +1,6 @@
 """Decode steps for CUDA graphs, with fused kernels where device and shape allow them.
 
-Only for graphs: launched one by one, Triton kernels take more host time than torch's.
+Only for graphs: launched one by one, Triton kernels take more CPU time than torch's.
 """
 
 import logging

@@ -14,7 +14,7 @@ from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams
 
 DECODE_CHUNK = 16
-"""Decode steps between two reads of the tokens on a GPU, where a read takes a third of a step."""
+"""Decode steps between two reads of the tokens on a GPU; a read takes a third of a step."""
 CACHE_MULTIPLE = 64
 """The cache length is rounded up to a multiple of this, a tile of the attention kernels."""
 GRAPH_STEP_MULTIPLE = 256
@@ -73,7 +73,7 @@ class TokenGenerator:
             "sampling": sampling,
             "top_logprobs": top_logprobs,
         }
-        # Taken, not shared: two threads may generate at the same time.
+        # Taken out rather than shared, since two threads may generate at the same time.
         idle, self._idle = self._idle, None
         if idle is not None and idle[0] == key:
             session = idle[1]
@@ -117,7 +117,7 @@ class TokenGenerator:
 
     def _decode(self, session: DecodeSession, first: int, last: int) -> Iterator[SampledTokens]:
         """Yield steps `first`, which is the prefill's, to `last` - 1."""
-        # A GPU never idles: it gets the next steps before the tokens of these are read.
+        # To keep a GPU busy, the next steps are queued before the tokens of these are read.
         on_gpu = self.model.device.type == "cuda"
         chunk, max_reads = (DECODE_CHUNK, 2) if on_gpu else (1, 1)
         queued = first + 1
@@ -133,10 +133,10 @@ class TokenGenerator:
 
 
 def window_start(start: int, length: int, block_size: int) -> int:
-    """The new start of a sequence's context window, which was `start`, at `length` ids.
+    """The new start of the context window of a sequence of `length` ids, which was `start`.
 
-    Position embeddings are absolute, so a shifted window needs a new prefill. To make those rare,
-    the window shifts by a quarter of `block_size` when it is full, not by one token.
+    Position embeddings are absolute, so a shifted window needs a new prefill. To keep prefills
+    rare, a full window shifts by a quarter of `block_size`, not by one token.
     """
     return start if length - start <= block_size else length - (block_size - block_size // 4)
 

@@ -1,6 +1,6 @@
 """Checks and conversions of the library's arguments; a UserError says what is expected.
 
-Where a list of strings or numbers is accepted, so is a single one.
+Where a list of strings or numbers is accepted, a single one is, too.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def check_non_negative_int(value: Any, name: str) -> int:
 def as_int_list(value: int | Iterable[int], name: str, *, below: int | None = None) -> list[int]:
     """A list of non-negative ints from one number or several."""
     values: Iterable[Any] = value if isinstance(value, Iterable) else [value]
-    # Elements of a torch tensor are tensors; those of one with more dimensions are not numbers.
+    # Elements of a 1-D torch tensor are tensors too; those of a 2-D one are not numbers.
     plain = (number.item() if getattr(number, "ndim", 1) == 0 else number for number in values)
     numbers = [check_non_negative_int(number, f"each of {name}") for number in plain]
     if below is not None and (largest := max(numbers, default=0)) >= below:
@@ -71,7 +71,7 @@ def is_number(value: Any) -> bool:
     is_real = isinstance(value, Real) and not isinstance(value, bool | Fraction)
     try:
         return is_real and math.isfinite(value)
-    except OverflowError:  # 10**400 does not fit a float
+    except OverflowError:  # 10**400 does not fit into a float
         return False
 
 

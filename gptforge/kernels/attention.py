@@ -19,7 +19,7 @@ from gptforge.kernels.dropout import DropoutSeed, dropout_kernel_args
 from gptforge.kernels.reductions import Pending, accumulate_column_sums, accumulate_partials
 
 MAX_MATMUL_TOKENS = 512
-"""Longest sequence for `matmul_attention`: beyond, the (T, T) scores cost more than they gain."""
+"""Longest sequence for `matmul_attention`: for longer ones, the (T, T) scores take too long."""
 HEAD_SIZES = (32, 64)
 """Values of D for which the Triton backward was measured to be faster."""
 BLOCK = 64

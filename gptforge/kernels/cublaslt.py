@@ -34,7 +34,7 @@ MAX_CANDIDATES = 16
 NUM_FINALISTS, NUM_REPEATS = 4, 4
 """All candidates are timed once, then the fastest NUM_FINALISTS NUM_REPEATS times each."""
 SLEEP_CYCLES = 2_000_000
-"""About a millisecond: all launches are queued meanwhile, so launch overhead is not timed."""
+"""About a millisecond, in which all launches are queued, so launch overhead is not timed."""
 ALIGNMENT = 256
 """Bytes; the heuristic assumes pointers aligned to this."""
 

@@ -1,7 +1,7 @@
 """A decode step (one token for each of a few sequences) in five kernels per layer.
 
-Replayed as a CUDA graph, the step of a small model is bound neither by memory nor by arithmetic but
-by the number of kernels, each of which costs some microseconds. Here each kernel is a
+Replayed as a CUDA graph, the step of a small model is limited neither by memory nor by arithmetic
+but by the number of kernels, each of which takes a few microseconds. Here each kernel is a
 matrix-vector multiplication, fused with the operations before and after it. Activations between
 kernels are float32, so the logits are more accurate than those of a bfloat16 model.
 

@@ -133,7 +133,7 @@ def _cached_plan(*args: Any) -> cublaslt.MatmulPlan | None:
     try:
         return cublaslt.MatmulPlan(*args)
     except torch.OutOfMemoryError:
-        raise  # with a smaller micro-batch there may be a plan
+        raise  # a smaller micro-batch may fit
     except (OSError, RuntimeError):
         # No library of that name (Windows), or no kernel for this shape, such as odd sizes.
         return None

@@ -1,6 +1,6 @@
 """The elementwise operations of Muon's step, each in one pass over memory on a GPU.
 
-The lists of a call go together, and their tensors are contiguous.
+The lists in a call correspond element by element, and their tensors are contiguous.
 """
 
 import logging
@@ -20,7 +20,7 @@ BLOCK = 4096
 
 @cache
 def can_launch(device: torch.device) -> bool:
-    """Whether Triton is there and compiles: the optimizer also runs without fused kernels."""
+    """Whether Triton is installed and compiles; without it the optimizer uses torch."""
     param, ones = torch.zeros(2, device=device), torch.ones(2, device=device)
     try:
         _apply_update([param], [ones], ones, 0.0, 1.0, None)
@@ -72,7 +72,7 @@ def apply_update(
     if not (uses_triton(params[0]) and can_launch(params[0].device)):
         if found_inf is not None:
             lr = lr * (found_inf == 0)
-        # With a dimension, or it would not promote the product to float32.
+        # With a dimension: a scalar tensor would not promote the product to float32.
         factor = params[0].new_full((1,), -scale) * lr
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, [update * factor for update in updates])

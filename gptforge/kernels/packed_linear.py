@@ -83,7 +83,7 @@ def _packing_works(dtype: torch.dtype) -> bool:
         )
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
-    # The sums of 64 terms are in another order, so a few units in the last place may differ.
+    # 64 terms are summed in another order, so the last bits may differ.
     tol = 16 * torch.finfo(dtype).eps
     pairs = zip(outputs, expected, strict=True)
     return all(torch.allclose(a, b, rtol=tol, atol=16 * tol) for a, b in pairs)

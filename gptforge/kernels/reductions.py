@@ -1,8 +1,8 @@
 """Sums over the rows of large tensors (bias gradients), in two deterministic steps.
 
 Each program of a kernel writes the sum of its rows; a second kernel adds these partial sums up in a
-fixed order, where atomics would not be deterministic. The second kernel takes a few microseconds
-however small the sums, so those of a transformer block are deferred to one launch.
+fixed order, since atomics would not be deterministic. The second kernel takes a few microseconds
+however small the sums are, so those of a transformer block are deferred to one launch.
 
 Shapes: P partial sums, C columns.
 """

@@ -18,7 +18,7 @@ MAX_COLUMNS = 2**18
 GROUP = 16
 """Logits in a group; k groups then hold about as many logits as there are groups."""
 MIN_TEMPERATURE = 1e-30
-"""Smaller ones are 0 in float32, or a GPU would flush them to 0; 0 / 0 is NaN."""
+"""Smaller temperatures are 0 in float32, or flushed to 0 on a GPU, and 0 / 0 is NaN."""
 
 
 def supports_sample_top_k(device: torch.device, columns: int, top_k: int) -> bool:

@@ -1,8 +1,8 @@
-"""Learning from teachers: frozen models of the same shape, trained before with other seeds.
+"""Learning from teachers: frozen models of the same shape, trained first with other seeds.
 
-An ensemble's probabilities are better than those of any of its members, and a model that learns
-from them, besides the text, keeps most of the gain (Hinton et al., 2015; Kim et al., "Pre-training
-under infinite compute", 2025) at the size of one.
+An ensemble predicts better than any of its members. A model that learns from the ensemble's
+probabilities and from the text keeps most of this gain at the size of one member (Hinton et al.,
+2015; Kim et al., "Pre-training under infinite compute", 2025).
 
 This is the reference, for autograd; the manual backward has `kernels.distillation`.
 """
@@ -20,11 +20,11 @@ from gptforge.model import GPT
 
 @dataclass(frozen=True)
 class Distillation:
-    """Teachers, and how much they count."""
+    """Teachers, and their weight in the loss."""
 
     teachers: Sequence[GPT]  # on the student's device, in evaluation mode and without dropout
     weight: float
-    """Weight of the teachers' probabilities in the loss, from 0 to 1; the targets have the rest."""
+    """Weight of the teachers' probabilities, from 0 to 1; that of the targets is 1 - weight."""
 
     @torch.no_grad()
     def probs(self, idx: Tensor) -> Tensor:

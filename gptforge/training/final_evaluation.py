@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gptforge.training.trainer import Trainer
 
 MAX_SECONDS, MAX_FRACTION = 60.0, 0.1
-"""After the last step it may take so many seconds, or this fraction of the training time."""
-MAX_SECONDS_AFTER_STOP = 10.0  # after a signal or the time limit it may take so long
+"""Limit after the last step: the longer of these seconds and this fraction of the training time."""
+MAX_SECONDS_AFTER_STOP = 10.0  # limit after a signal or the time limit
 NOTICE_SECONDS = 3.0  # an evaluation that takes longer is announced
 
 
@@ -75,7 +75,7 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
 
 
 def _estimate_seconds(trainer: "Trainer", evaluator: ValEvaluator) -> float:
-    """How long an evaluation takes, by earlier ones or by the training steps."""
+    """Estimate the time of an evaluation from earlier ones or from the training steps."""
     if evaluator.seconds_per_sequence < math.inf:
         return evaluator.seconds_per_sequence * evaluator.num_sequences
     # Stopped before any evaluation. The forward is a third of a step's FLOPs.

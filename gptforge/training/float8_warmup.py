@@ -1,7 +1,7 @@
 """With `--dtype fp8`, the warmup of the learning rate runs in bfloat16.
 
-Where fp8 from the first step on ended at a higher loss than bfloat16, the distance arose early in
-the warmup, and stayed the same afterwards (docs/results/gpu-speed.md).
+When fp8 from the first step ended at a higher loss than bfloat16, the difference arose early in the
+warmup and stayed the same afterwards (docs/results/gpu-speed.md).
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def switch_precision(trainer: "Trainer") -> None:
     """Switch from bfloat16 to fp8, or back after a rollback, if the next step needs it.
 
-    A collective. The precision depends on nothing but the number of the step, so a run that is
-    resumed or rolled back makes the same steps as one that is not.
+    A collective. The precision depends only on the number of the step, so a run that is resumed or
+    rolled back makes the same steps as one that is not.
     """
     config, step, step_fn = trainer.config, trainer.state.step, trainer.step_fn
     float8 = step_fn.precision.float8 and step >= config.warmup_steps

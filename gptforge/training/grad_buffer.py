@@ -1,7 +1,7 @@
 """All gradients of a model in one contiguous buffer, accumulated in place.
 
-One buffer makes zeroing and clipping one kernel each, and each bucket of an all-reduce a slice that
-needs no copy (DDP copies gradients into its buckets).
+With one buffer, zeroing and clipping are one kernel each, and the buckets of an all-reduce are
+slices that need no copy (DDP copies gradients into its buckets).
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""Detects NaN, Inf and spikes in the loss without making the device wait.
+"""Detects NaN, Inf and spikes in the loss without a sync.
 
-Each loss is read a few steps late, when the device has computed it already. The delay is harmless:
-a step with NaN or Inf has been skipped on the device by `optimizer_step` (OLMo-core's SkipStep).
+Each loss is read a few steps late, when the device has already computed it. The delay is harmless:
+`optimizer_step` skips a step with NaN or Inf on the device (like OLMo-core's SkipStep).
 """
 
 import math
@@ -75,7 +75,7 @@ class LossMonitor:
 
         Args:
             state: its `loss`, `recent_losses` and `bad_steps` are taken.
-            keep_losses: how many of the last losses `losses` has.
+            keep_losses: number of the latest losses to keep in `losses`.
         """
         self._unread.clear()
         self._recent.clear()

@@ -29,7 +29,7 @@ def rollback(trainer: "Trainer", anomaly: Anomaly) -> None:
         anomaly: of the last of its bad steps.
 
     Raises:
-        RunError: if there is no checkpoint, or after `MAX_ROLLBACKS` rollbacks in vain.
+        RunError: if there is no checkpoint, or if `MAX_ROLLBACKS` rollbacks did not help.
     """
     old, comm, store = trainer.state, trainer.comm, trainer.saver.store
     report = trainer.report
@@ -83,7 +83,7 @@ def _latest_good_checkpoint(
 ) -> tuple[Path | None, list[str]]:
     """Find the latest checkpoint that was not saved in a streak of bad steps.
 
-    An older checkpoint is preferred to that of `avoid_step`, from which training diverged before.
+    Training already diverged from the checkpoint of `avoid_step`: an older one is preferred to it.
     Returns its path, and warnings about corrupt checkpoints.
     """
 

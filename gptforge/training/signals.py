@@ -33,7 +33,7 @@ MIN_TRAIN_SECONDS = 1.0
 
 REPEAT_SECONDS = 1.0
 """A signal this soon after the first one is the same request: SLURM and systemd send SIGTERM to all
-processes, and torchrun passes on its own to the ranks."""
+processes, and torchrun forwards the one that it gets to the ranks."""
 
 # 128 + signal number is what a shell reports for a process that a signal ended.
 EXIT_CODES: dict[StopReason, int] = {
@@ -54,9 +54,8 @@ class StopSignal:
     The training loop polls it after each step. A second Ctrl-C or SIGTERM, `REPEAT_SECONDS` or more
     after the first, ends the process at once; that leaves no half-written checkpoint, since saves
     are renamed into place. SIGHUP, which often accompanies SIGTERM, does not count. Once the loop
-    has obeyed a signal and saved (`mark_saved`), one more stops what is left to do, and the next
-    one ends the process. As a context manager it may be entered again while it is entered, by the
-    next of several training loops.
+    has stopped on a signal and saved (`mark_saved`), another signal skips the remaining work, and
+    the next one ends the process. The context manager is reentrant, for several training loops.
 
     Args:
         time_limit: minutes; 0 for none.
@@ -89,11 +88,11 @@ class StopSignal:
             self._is_requested = True
 
     def stopped_by(self, reason: StopReason) -> str:
-        """What a stop for this reason is called in the log."""
+        """The cause to log for this reason to stop."""
         return self._requested_by or STOPPED_BY[reason]
 
     def mark_saved(self, reason: StopReason) -> None:
-        """Nothing is lost any more; `reason` is why the training loop ended."""
+        """Note that everything is saved; `reason` is why the training loop ended."""
         self._is_saved = True
         if reason in ("interrupted", "terminated"):
             self._signal, self._is_requested = None, False

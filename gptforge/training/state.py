@@ -18,7 +18,7 @@ from gptforge.training.train_step import TrainStep
 
 MAX_RECENT_LOSSES = 1000  # training losses kept for an evaluation without validation data
 AUTO_PATIENCE = 5  # evaluations without a better held-out loss after which training stops
-# These evaluations cover at least this fraction of max_steps: loss curves have plateaus.
+# Those evaluations cover at least this fraction of max_steps, since loss curves have plateaus.
 AUTO_FRACTION = 0.2
 MAX_REPEATS = 4.0  # up to about 4 epochs are as good as new text (Muennighoff et al., 2023)
 
@@ -57,7 +57,7 @@ class TrainState:
         if is_best:
             self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
         elif self.step > (stable_end(config) or 0):
-            # Before the decay of wsd the loss may stay level, and falls in the decay.
+            # With wsd the loss may be level before the decay and fall during it.
             self.evals_since_best += 1
         return is_best
 

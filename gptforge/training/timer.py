@@ -23,7 +23,7 @@ class StepTimer:
         self._start, self._step = 0.0, 0
 
     def restart(self, step: int) -> None:
-        """Start to time with the step after `step`."""
+        """Start timing with the step after `step`."""
         synchronize(self._device)
         self._start, self._step = time.perf_counter(), step
 

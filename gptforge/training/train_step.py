@@ -126,7 +126,7 @@ class TrainStep:
             # Retried outside the except block, whose traceback keeps activations alive.
             is_oom = True
         if is_oom and not self.reducer.has_sent():
-            # No collective has started, so the other ranks just wait a little longer in theirs.
+            # No collective has started: the other ranks just wait longer in their next one.
             self.optimizer.zero_grad()
             self._halve_micro_batch()
             return self(inputs, targets, lr=lr)
@@ -256,10 +256,10 @@ class TrainStep:
     def capture_cuda_graph(self, context_length: int) -> bool:
         """Replay steps as CUDA graphs from now on; returns False if a rank lacks memory for them.
 
-        All graphs are captured here, without side effects other than that the optimizer's state is
+        All graphs are captured here; the only side effect is that the optimizer's state is
         allocated. Their private memory pools come on top of the memory of an eager step. If the
-        optimizer has state already, its graph is captured in the next two steps: a trial here would
-        move the EMA of the weights.
+        optimizer already has state, its graph is captured in the next two steps instead: a trial
+        here would update the EMA of the weights.
         """
         manual = self.backend
         assert isinstance(manual, ManualBackend), "only the manual backward can be captured"
@@ -303,15 +303,15 @@ class TrainStep:
     def time_optimizer(self) -> float:
         """Time an optimizer step on a CPU, without side effects, in seconds.
 
-        0 on other devices: there it is fast, and in a CUDA graph faster than it would be here.
+        0 on other devices: it is fast there, and in a CUDA graph faster than measured here.
         """
         if self.device.type != "cpu":
             return 0.0
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
-        # Skipped, which takes Muon as long. AdamW then does nothing, and would take no longer than
-        # to copy the weights.
+        # Without side effects, since the step is skipped. That takes Muon as long. AdamW then does
+        # nothing, and would otherwise take no longer than a copy of the weights.
         self.optimizer.found_inf = torch.ones(())
         seconds: list[float] = []
         while len(seconds) < 3 and sum(seconds) < 1:

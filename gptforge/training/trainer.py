@@ -63,11 +63,11 @@ class Trainer:
     full_score: ValLoss | None = field(init=False, default=None)
     """Loss of the best checkpoint on all held-out text, if that is known."""
     is_save_deferred: bool = field(init=False, default=False)
-    """Whether to save after the next good step, since a save was due in a streak of bad ones."""
+    """Whether to save after the next good step, because a save was due during bad steps."""
 
     def fit(self) -> StopReason:
         """Train to the last step or until a reason to stop; the state is saved either way."""
-        # Until the last line is written, so that a second signal does not cut the report short.
+        # Until the last line is written: a second signal must not cut the report short.
         with self.stop_signal:
             with self.report.console, self.report.trackers:
                 reason = self._train()
@@ -182,7 +182,7 @@ class Trainer:
         return self.config.max_steps - self.state.step
 
     def is_due(self, every: int) -> bool:
-        """Whether what happens every so many steps, and after the last one, happens now."""
+        """Whether something that is due at every `every` steps, and at the end, is due now."""
         is_due = self.end_reason() is not None or (every > 0 and self.state.step % every == 0)
         return is_due and not self.state.partial_eval
 
@@ -234,7 +234,7 @@ class Trainer:
             self.report.log_sample(self.state.step, text, is_last=bool(self.end_reason()))
 
     def save(self, *, is_best: bool) -> None:
-        """Start to write a checkpoint in the background."""
+        """Start writing a checkpoint in the background."""
         with self.timer.exclude():
             state = self.state
             self.is_save_deferred = False
@@ -266,7 +266,7 @@ class Trainer:
         self.timer.restart(self.state.step)
 
     def _log_stop(self, reason: StopReason) -> None:
-        """Log why; before the save, or a resumed run, which truncates the log, loses the line."""
+        """Log why, before the save: a resumed run truncates the log to its length at the save."""
         if reason == "finished":
             return
         if reason in ("interrupted", "terminated") and not self.stop_signal.should_stop():

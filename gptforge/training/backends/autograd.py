@@ -50,8 +50,8 @@ class AutogradBackend:
             root.train_forward = self._loss
         self._activation_checkpointing = activation_checkpointing
         self._loss_chunk = loss_chunk
-        # One graph of the full model would finish all gradients at its end, where nothing is left
-        # to overlap their reduction with, and FSDP gathers weights block by block.
+        # One graph of the full model would finish all gradients at its end, with nothing left to
+        # overlap their reduction with; and FSDP gathers weights block by block.
         self._compile_blocks = world_size > 1
         # FSDP averages over the ranks; `scale` already divides by the tokens of all of them.
         self._grad_factor = world_size if root else 1

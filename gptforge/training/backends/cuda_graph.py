@@ -4,8 +4,8 @@ In a small model, launching a kernel from Python takes longer than running it. A
 kernels at once, at fixed addresses: each batch is copied into the captured input tensors, and
 gradients stay in their buffer.
 
-There are three graphs: zeroing the gradients, a micro-batch, and the optimizer step. One for all of
-it would fix the number of micro-batches, and could not reduce gradients in between.
+There are three graphs: zeroing the gradients, a micro-batch, and the optimizer step. A single graph
+would fix the number of micro-batches, and could not reduce gradients in between.
 """
 
 from collections.abc import Callable

@@ -122,7 +122,7 @@ class ManualBackend:
     ) -> None:
         p, device = model.config.dropout, next(model.parameters()).device
         self._dropout = DropoutRate(p, device) if p else None
-        # SDPA with dropout would draw another mask when it is recomputed.
+        # SDPA with dropout would draw a different mask when it is recomputed.
         assert not (self._dropout and activation_checkpointing), "cannot recompute dropout"
         assert model.config.activation == "gelu_tanh", "the manual backward has no exact GELU"
         self.model = model
@@ -157,7 +157,7 @@ class ManualBackend:
             ManualBackend(teacher, dtype, make_grads=no_grads) for teacher in distillation.teachers
         ]
         for teacher in self._teachers:
-            teacher._weights.refresh()  # they never change: copying them once is enough
+            teacher._weights.refresh()  # they never change, so one copy is enough
         self.on_grads_ready: Callable[[int], None] = lambda num_groups: None
         """Called with the number of leading groups that are final for this micro-batch."""
 

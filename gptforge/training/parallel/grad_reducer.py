@@ -19,11 +19,11 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class GradReducer:
-    """The interface for gradient reduction; this base class reduces the loss only.
+    """The interface for gradient reduction; this base class reduces only the loss.
 
-    It serves one rank, where that does nothing, and FSDP, which reduces the gradients itself, in
-    every micro-batch: reducing only in the last one (`no_sync`) would save communication, but full
-    gradients take 4 bytes per parameter.
+    It is used with one rank, where it does nothing, and with FSDP, which reduces gradients itself
+    in every micro-batch: reducing only in the last one (`no_sync`) would save communication, but
+    full gradients take 4 bytes per parameter.
     """
 
     def __init__(self, comm: Comm) -> None:
@@ -56,7 +56,7 @@ class BucketedAllReduce(GradReducer):
     def __init__(self, comm: Comm, grads: GradBuffer) -> None:
         super().__init__(comm)
         self._grads = grads
-        # A constant: with other buckets on one rank, collectives would add up different gradients.
+        # A constant: if a rank had other buckets, collectives would add up different gradients.
         min_numel = BUCKET_BYTES // grads.flat.element_size()
         self._buckets = make_buckets(grads.group_ends, min_numel)
         self._num_sent = 0
