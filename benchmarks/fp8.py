@@ -23,7 +23,7 @@ from gptforge.kernels import float8_matmul, matmul
 from gptforge.kernels.float8 import E4M3, E5M2, Float8Tensor, cast_transpose, empty_float8
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.training.backends import factory
+from gptforge.training import train_step
 from gptforge.training.backends.float8 import (
     Float8Backend,
     Float8Block,
@@ -124,7 +124,7 @@ def using_variant(name: str) -> Iterator[None]:
     """Build and run fp8 backends as this variant says."""
     _, backend_class, fast_roles = VARIANTS[name]
     with (
-        mock.patch.object(factory, "Float8Backend", backend_class),
+        mock.patch.object(train_step, "Float8Backend", backend_class),
         fast_accumulation(fast_roles),
     ):
         yield
