@@ -17,6 +17,7 @@ recipe-grid.png.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import shutil
@@ -49,6 +50,8 @@ COLORS = (
     *("#4c78a8", "#d1495b", "#2a9d8f", "#b8791f", "#7a6bb0", "#8fbf5b", "#c0628f"),
     *("#1f2937", "#f0b429", "#7f5539"),
 )
+MAX_COLORED_CHANGES = 4
+MAX_DIFFERENCE = 10.0  # percent; larger ones are drawn there
 Flags = dict[str, Any]
 
 
@@ -216,8 +219,11 @@ def table(results: Sequence[Result]) -> str:
 def draw(results: Sequence[Result], path: Path) -> None:
     """A row for each text: the differences of all changes from the rule, in percent."""
     texts = by_text(results)
-    names = list(dict.fromkeys(change for changes in texts.values() for change in changes))
-    kinds = list(dict.fromkeys(_kind(name) for name in names if name != RULE))
+    names = dict.fromkeys(change for changes in texts.values() for change in changes)
+    names.pop(RULE)
+    # A color for each change, or for each kind of change if there are many.
+    groups = {name: name if len(names) <= MAX_COLORED_CHANGES else _kind(name) for name in names}
+    colors = dict(zip(dict.fromkeys(groups.values()), itertools.cycle(COLORS), strict=False))
     figure = new_figure()
     figure.set_size_inches(10, 1.6 + 0.52 * len(texts))
     axes = figure.add_subplot()
@@ -227,28 +233,37 @@ def draw(results: Sequence[Result], path: Path) -> None:
         for change, runs in changes.items():
             if change == RULE:
                 continue
-            color = COLORS[kinds.index(_kind(change)) % len(COLORS)]
-            difference = min(10.0, 100 * (mean(runs) / rule - 1))
-            marker = "v" if change.startswith(("half", "narrower", "dropout -", "no ")) else "^"
-            marker = "o" if _kind(change) in ("token noise", "tokenizer") else marker
-            axes.plot(difference, row, marker, color=color, markersize=7.5, alpha=0.85)
+            color, difference = colors[groups[change]], 100 * (mean(runs) / rule - 1)
+            axes.plot(
+                min(difference, MAX_DIFFERENCE), row, _marker(change), color=color, markersize=7.5,
+                alpha=0.85,
+            )  # fmt: skip
     axes.axvline(0, color=TEXT_COLOR, linewidth=1)
     axes.axvspan(-1, 0, color="#2a9d8f", alpha=0.10, linewidth=0)
     axes.set_yticks(range(len(texts)), list(texts))
     axes.set_ylim(len(texts) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=TEXT_COLOR, labelsize=9.5)
-    label = "held-out loss, difference from the rule in % (10: or more; shaded: at most 1% better)"
+    capped = f"{MAX_DIFFERENCE:.0f}: or more; " if axes.get_xlim()[1] >= MAX_DIFFERENCE else ""
+    label = f"held-out loss, difference from the rule in % ({capped}shaded: at most 1% better)"
     axes.set_xlabel(label, color=TEXT_COLOR)
-    for index, kind in enumerate(kinds):
-        axes.plot([], [], "s", color=COLORS[index % len(COLORS)], label=kind)
-    axes.plot([], [], "v", color="#888888", label="less")
-    axes.plot([], [], "^", color="#888888", label="more")
+    for group, color in colors.items():
+        axes.plot([], [], _marker(group) if group in names else "s", color=color, label=group)
+    if not colors.keys() <= names.keys():
+        axes.plot([], [], "v", color="#888888", label="less")
+        axes.plot([], [], "^", color="#888888", label="more")
     axes.legend(
         frameon=False, fontsize=9.5, labelcolor=TEXT_COLOR, loc="lower center",
         bbox_to_anchor=(0.5, 1.0), ncols=5,
     )  # fmt: skip
     figure.savefig(path)
+
+
+def _marker(change: str) -> str:
+    """Down for less, up for more, and a circle for neither."""
+    if _kind(change) in ("token noise", "tokenizer"):
+        return "o"
+    return "v" if change.startswith(("half", "narrower", "dropout -", "no ")) else "^"
 
 
 def _kind(change: str) -> str:

@@ -198,7 +198,7 @@ async function start() {
   form.prompt.maxLength = run.max_prompt_chars;
   form.max_tokens.max = run.max_new_tokens;
   form.tint.checked = run.tint;
-  // Compare with how it wrote before it had learned.
+  // Compare with the earliest checkpoint.
   sheets[1].settings.checkpoint.value = run.checkpoints.at(-1)[0];
   for (const text of run.prompts) {
     const button = html("button", { type: "button" }, text);
