@@ -4,7 +4,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,6 +267,31 @@ def seed_everything(config: Config, *, rank: int = 0) -> None:
         # Required by torch, and read by cuBLAS when it initializes.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def default_torch_settings() -> Iterator[None]:
+    """Torch's own settings in a block, and the caller's after it, whatever the block sets.
+
+    In no_grad, in autocast, or with another default dtype or device, training would fail, or give
+    other losses.
+    """
+    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    autocast_devices = [d for d in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(d)]
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        for device_type in autocast_devices:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(precision)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 @contextmanager

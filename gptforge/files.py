@@ -156,10 +156,14 @@ def _has_file_size_limit() -> bool:
     return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
 
 
-def free_disk_bytes(path: Path) -> int:
-    """Free bytes on the disk of a path, which need not exist."""
+def free_disk_bytes(path: Path) -> int | None:
+    """Free bytes on the disk of a path, which need not exist.
+
+    None if they are unknown: ramfs and some network file systems report a size of 0.
+    """
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free
+    usage = shutil.disk_usage(existing)
+    return usage.free if usage.total else None
 
 
 def private_temp_dir() -> Path:

@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 
 import gptforge
 from gptforge.api.console import as_arguments
@@ -54,6 +55,22 @@ def test_a_tilde_is_the_home_folder(play, tmp_path, monkeypatch) -> None:
     run = gptforge.train(**DEBUG | {"out_dir": "~/run"}, input=play, max_steps=1)
     assert run.path == gptforge.Run("~/run").path == tmp_path / "home/run"
     assert gptforge.load("~/run").tokenizer.vocab_size == run.model.tokenizer.vocab_size
+
+
+def test_settings_of_torch_change_no_loss_and_are_kept(play) -> None:
+    loss = gptforge.train(**DEBUG, input=play, max_steps=2).best.loss
+    precision = torch.get_float32_matmul_precision()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            other = {"out_dir": "other", "deterministic": True}
+            run = gptforge.train(**DEBUG | other, input=play, max_steps=2)
+        assert run.best.loss == loss
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.get_float32_matmul_precision() == precision
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_run_is_found_from_another_working_folder(play, tmp_path, monkeypatch) -> None:

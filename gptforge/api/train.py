@@ -21,6 +21,7 @@ from gptforge.cli.parsing import preset_and_file
 from gptforge.cli.train import run_training
 from gptforge.config import Config, merge
 from gptforge.data.cache import Texts, store_texts
+from gptforge.device import default_torch_settings
 from gptforge.errors import RunError, UserError
 from gptforge.printable import safe_print
 from gptforge.report.log_handler import log_to
@@ -116,13 +117,14 @@ def train(
             values = {k: v for k, v in values.items() if k not in ("encoding", "kind")}
             values["input"] = path
         flags = (f"--{name}={format_value(value)}" for name, value in values.items())
-        reason, out_dir, _ = run_training(
-            config,
-            frozenset(values) | from_file,
-            start=Start("gptforge", shlex.join(flags), start_time),
-            logging_as=log_to(PythonConsole().log),
-            on_built=observer.attach,
-        )
+        with default_torch_settings():
+            reason, out_dir, _ = run_training(
+                config,
+                frozenset(values) | from_file,
+                start=Start("gptforge", shlex.join(flags), start_time),
+                logging_as=log_to(PythonConsole().log),
+                on_built=observer.attach,
+            )
     gc.collect()  # frees the trainer's memory on the device
     if observer.error is not None:
         raise observer.error

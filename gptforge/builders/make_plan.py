@@ -64,10 +64,11 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
         warnings.append(f"memory: {estimator.suggest_fix(micro_batch, is_explicit=is_explicit)}")
     if c.teachers:
         warnings.append(f"teachers: disk of all {c.teachers} comes on top, the time is included")
-    if disk["free_bytes"] < disk["checkpoint_bytes"] + HEADROOM_BYTES:
-        warnings.append("disk: no room for one checkpoint; free some, or use another --out_dir")
-    elif not disk["fits"]:
-        warnings.append("disk: it would fill up; free some, or use a smaller --keep_checkpoints")
+    if not disk["fits"]:
+        problem = "it would fill up; free some, or use a smaller --keep_checkpoints"
+        if disk["free_bytes"] < disk["checkpoint_bytes"] + HEADROOM_BYTES:
+            problem = "no room for one checkpoint; free some, or use another --out_dir"
+        warnings.append(f"disk: {problem}")
     shape = ("preset", "n_layer", "n_embd", "n_head", "block_size", "vocab_size")
     return {
         "ok": fits and disk["fits"],
@@ -155,7 +156,7 @@ def _plan_disk(c: Config, dataset: Dataset) -> dict[str, Any]:
         "checkpoints": count,
         "needed_bytes": needed,
         "free_bytes": free,
-        "fits": needed <= free,
+        "fits": free is None or needed <= free,
     }
 
 

@@ -82,7 +82,7 @@ class CheckpointStore:
     def check_disk_space(self, nbytes: int) -> None:
         """Raise a RunError unless there is room for so many bytes and the logs."""
         needed, free = nbytes + HEADROOM_BYTES, files.free_disk_bytes(self.folder)
-        if free < needed:
+        if free is not None and free < needed:
             raise RunError(
                 f"{shown(self.folder)}: a checkpoint and the logs take {needed / 1e6:,.0f} MB and "
                 f"{free / 1e6:,.0f} MB are free: {self._kept('free some space')}"

@@ -4,7 +4,9 @@ import contextlib
 import difflib
 import io
 import logging
+import os
 import re
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
@@ -35,6 +37,7 @@ FOREIGN_FLAGS = FOREIGN_FIELDS | {
     "n": "num_samples",
 }
 """Flags of other commands and programs -> the flag to suggest, where a command has it."""
+MIN_COLUMNS = 20  # tyro breaks lines forever below 8
 NUMBER_ERRORS = {
     "invalid literal for int() with base 10:": "must be a whole number, not",
     "could not convert string to float:": "must be a number, not",
@@ -186,7 +189,11 @@ def parse_args(
     """
     prog = prog.replace("gptforge", program_name(), 1)
     args = normalize_flags(cls, args)
-    shown = cls if {"-h", "--help"}.isdisjoint(args) else _with_help(cls)
+    shown = cls
+    if not {"-h", "--help"}.isdisjoint(args):
+        shown = _with_help(cls)
+        if shutil.get_terminal_size().columns < MIN_COLUMNS:
+            os.environ["COLUMNS"] = str(MIN_COLUMNS)
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_bool_rule)
     stderr = io.StringIO()

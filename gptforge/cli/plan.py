@@ -83,7 +83,7 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "disk",
             f"{disk['checkpoints']} x {_format_bytes(disk['checkpoint_bytes'])} of checkpoints at "
-            f"most, in {disk['out_dir']}; {_format_bytes(disk['free_bytes'])} free",
+            f"most, in {disk['out_dir']}; {_describe_free(disk['free_bytes'])}",
         ),
         ("time", _describe_time(plan["time"])),
     ]
@@ -107,10 +107,9 @@ def _run_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
-    free = "free memory is unknown"
+    free = _describe_free(memory["free_bytes"])
     if memory["free_bytes"] is not None:
-        fits = "it fits" if memory["fits"] else "it does not fit"
-        free = f"{_format_bytes(memory['free_bytes'])} free, {fits}"
+        free += ", it fits" if memory["fits"] else ", it does not fit"
     parts = ", ".join(f"{name} {_format_bytes(size)}" for name, size in memory["parts"].items())
     needed = f"{_format_bytes(memory['needed_bytes'])} at most, on {memory['device']}"
     return [
@@ -126,6 +125,10 @@ def _describe_time(time: dict[str, Any]) -> str:
         f"about {format_duration(time['seconds'])}, {time['tokens_per_second']:,.0f} tokens per "
         f"second, for the steps alone; {time['how']}"
     )
+
+
+def _describe_free(count: int | None) -> str:
+    return "how much is free is unknown" if count is None else f"{_format_bytes(count)} free"
 
 
 def _format_bytes(count: int) -> str:

@@ -37,9 +37,10 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
         env: set by torchrun; a UserError if its variables contradict each other.
     """
     if env_int("WORLD_SIZE", 1, env) <= 1:
-        if "RANK" in env and "WORLD_SIZE" not in env:
+        if "RANK" in env and ("WORLD_SIZE" not in env or env_int("RANK", 0, env)):
+            size = env.get("WORLD_SIZE", "not set")
             raise UserError(
-                f"RANK is {env['RANK']} but WORLD_SIZE is not set: start several processes with "
+                f"RANK is {env['RANK']} but WORLD_SIZE is {size}: start several processes with "
                 "torchrun --nproc_per_node=N gpt.py ..., or unset RANK to train with one"
             )
         return SINGLE_PROCESS

@@ -15,7 +15,7 @@ from gptforge.config import Config
 from gptforge.data.prepare.workers import num_cpus
 from gptforge.device import free_memory, has_float8, peak_flops, select_device, select_precision
 from gptforge.errors import install_hint
-from gptforge.files import cache_dir
+from gptforge.files import cache_dir, free_disk_bytes
 from gptforge.findings import Finding, ok, warning
 from gptforge.kernel_select import select_kernels
 
@@ -88,10 +88,11 @@ def _check_disk() -> list[Finding]:
     found = []
     for path, name in ((Path.cwd(), "this folder"), (cache_dir(), "the cache")):
         existing = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-        message = f"disk of {name}: {free / 1e9:.0f} GB free"
-        hint = "a checkpoint of GPT-2 small takes 1.5 GB, and up to four are kept"
-        found.append(warning(message, hint) if free < LOW_DISK_BYTES else ok(message))
+        free = free_disk_bytes(path)
+        if free is not None:
+            message = f"disk of {name}: {free / 1e9:.0f} GB free"
+            hint = "a checkpoint of GPT-2 small takes 1.5 GB, and up to four are kept"
+            found.append(warning(message, hint) if free < LOW_DISK_BYTES else ok(message))
         if not os.access(existing, os.W_OK):
             found.append(warning(f"{existing} is not writable", "choose another --out_dir"))
     return found

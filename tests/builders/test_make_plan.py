@@ -289,6 +289,15 @@ def test_a_full_disk_is_reported(plan, monkeypatch, free, message) -> None:
 
 
 @pytest.mark.usefixtures("untimed")
+def test_a_disk_of_unknown_size_is_not_full(program, play, monkeypatch) -> None:
+    usage = shutil._ntuple_diskusage(0, 0, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    done = program("plan", *DEBUG, "--input", play)
+    assert done.code == 0
+    assert "how much is free is unknown" in done.out
+
+
+@pytest.mark.usefixtures("untimed")
 def test_few_saves_need_less_disk(plan) -> None:
     flags = ("--max_steps", 5, "--save_every", 100, "--eval_every", 100)
     assert plan(*flags)["disk"]["checkpoints"] == 1

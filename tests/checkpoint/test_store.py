@@ -125,6 +125,12 @@ def test_full_disk_is_noticed_before_the_save(store, monkeypatch) -> None:
     assert store.latest() == (first, [])
 
 
+def test_file_system_that_does_not_know_its_size_is_not_full(store, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    first = save(store, 1)
+    assert store.latest() == (first, [])
+
+
 def test_disk_that_fills_up_while_saving_keeps_the_last_checkpoint(store, monkeypatch) -> None:
     first = save(store, 1)
 

@@ -145,6 +145,13 @@ def test_version(capsys) -> None:
     assert capsys.readouterr().out == f"gptforge {__version__}\n"
 
 
+def test_help_ends_in_a_terminal_of_one_column(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit):
+        cli.main(["cache", "--help"])
+    assert "--clear" in capsys.readouterr().out
+
+
 def test_help_breaks_lines_at_the_width_of_the_terminal_only(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit):

@@ -313,6 +313,7 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
         ("mps", {}, "--device mps: torchrun assigns each rank a device"),
         ("cpu", {"MASTER_PORT": None}, "WORLD_SIZE is 2 but MASTER_PORT is not set"),
         ("cpu", {"WORLD_SIZE": None, "RANK": "1"}, "RANK is 1 but WORLD_SIZE is not set"),
+        ("cpu", {"WORLD_SIZE": "1", "RANK": "1"}, "RANK is 1 but WORLD_SIZE is 1"),
         ("cpu", {"GPTFORGE_SILENCE": "long"}, "GPTFORGE_SILENCE=long: give seconds, such as 120"),
         ("cpu", {"GPTFORGE_SILENCE": "nan"}, "GPTFORGE_SILENCE=nan: give seconds"),
         ("cpu", {"RANK": "x"}, "RANK is 'x', not a whole number"),

@@ -64,7 +64,7 @@ def test_missing_compiler(monkeypatch) -> None:
 
 
 def test_low_disk_space(monkeypatch) -> None:
-    usage = types.SimpleNamespace(free=2 * 10**9)
+    usage = shutil._ntuple_diskusage(10**12, 0, 2 * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert [finding.level for finding in machine._check_disk()] == ["warning", "warning"]
 
