@@ -14,7 +14,7 @@ from gptforge.checkpoint.out_dir import METRICS, read_metrics_lines
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
 from gptforge.inference.language_model import LanguageModel
-from gptforge.report.curves import plot_curves
+from gptforge.report.curves import default_style, plot_curves
 from gptforge.report.metrics import Event, History, read_history
 from gptforge.report.run_info import check_run_dir
 
@@ -110,6 +110,7 @@ class Run:
         )
 
 
+@default_style()
 def _png(figure: "Figure") -> bytes:
     data = io.BytesIO()
     figure.savefig(data, dpi=INLINE_DPI)

@@ -82,7 +82,7 @@ def evaluate_run(
         model_tokenizer=tokenizer_path.as_posix(),
     )
     if data:
-        tokens = _open_data(str(run), data, options, config.val_fraction, saved.state)
+        tokens = _open_data(str(run), data, options, config, saved.state)
     else:
         tokens = _open_val_split(str(run), options, config, saved.state)
     if len(tokens) < 2:
@@ -110,7 +110,7 @@ def _config(saved: SavedModel) -> Config:
 
 
 def _open_data(
-    run: str, data: str, options: DatasetOptions, val_fraction: float, state: Mapping[str, Any]
+    run: str, data: str, options: DatasetOptions, config: Config, state: Mapping[str, Any]
 ) -> TokenDataset:
     """Open `--data`; warn if the model was trained on it, and say which split is used."""
     with ProgressMeter("preparing the text") as meter:
@@ -120,9 +120,12 @@ def _open_data(
     has_val = len(dataset.val) > 0
     if has_val:
         logger.info(f"note: evaluating the validation split of {data}, not the rest")
-    if state and (known := dataset.known_to(state, val_fraction)):
-        memorized = "this says how well the model remembers it"
-        hint = "; without --data the held-out part is evaluated" if val_fraction else ""
+    if state and (known := dataset.known_to(state, config.val_fraction)):
+        memorized, hint = "this says how well the model remembers it", ""
+        if config.val_fraction and not _is_missing(config.input):
+            hint = "; without --data the held-out part is evaluated"
+        elif config.val_fraction:
+            hint = f"; to evaluate the held-out part, put the text back to {config.input}"
         logger.warning(f"warning: {run} was trained on {known}: {memorized}{hint}")
     return dataset.val if has_val else dataset.train
 
@@ -135,10 +138,12 @@ def _open_val_split(
             f"{run} is a model without its run, and does not say which text it was not trained on: "
             "give one with --data PATH"
         )
-    missing = f"the training text of {run}, {config.input}, is not here: give a text with --data"
+    missing = (
+        f"the training text of {run}, {config.input}, is not here: put it back, or give another "
+        "text with --data"
+    )
     # The path of the bundled text depends on the folder and version; its hash does not.
-    is_there = config.input == BUNDLED_INPUT or Path(config.input).exists()
-    is_gone = not is_there and not expand_glob(config.input)
+    is_gone = _is_missing(config.input)
     if is_gone and Path(config.input).name != "input.txt":
         raise UserError(missing)
     try:
@@ -161,6 +166,10 @@ def _open_val_split(
     if not len(dataset.val):
         raise UserError(f"{run} held nothing out: give a text with --data PATH")
     return dataset.val
+
+
+def _is_missing(name: str) -> bool:
+    return name != BUNDLED_INPUT and not Path(name).exists() and not expand_glob(name)
 
 
 def evaluate_tasks(

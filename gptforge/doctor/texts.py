@@ -1,6 +1,7 @@
 """Checks of texts: reads every file to its end."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -49,9 +50,16 @@ def check_texts(path: Path, options: DatasetOptions, *, context_length: int) -> 
         notices = [*selection.notices, *([RAW_BIN_UNUSED] if request.raw_bin else ())]
         found = [*text_scan.findings(), *map(warning, notices)]
         if not text_scan.num_documents:
-            return [*found, error(f"{path.as_posix()}: there is no text in it")]
-        found += _check_tokens(text_scan, request, selection.sources, context_length)
-        return found + _check_split(text_scan, selection, request)
+            empty = error(f"{path.as_posix()}: there is no text in it")
+            return found if text_scan.bad_input.examples else [*found, empty]
+        rule, problems = UNDIVIDED, []
+        try:
+            if request.val_fraction:
+                rule = scan(replace(request, skip_bad=True), selection).split_rule
+        except UserError as problem:
+            problems = [error(str(problem))]
+        found += _check_tokens(text_scan, request, selection.sources, rule, context_length)
+        return found + _check_split(text_scan, selection.sources, rule) + problems
 
 
 class _TextScan:
@@ -65,8 +73,8 @@ class _TextScan:
         self.bad_input = BadInputHandler(skip=True)
         self.sample: list[str] = []
         self.num_sampled = self.num_documents = self.num_chars = self.num_bytes = 0
-        self.num_eot_literals = 0
-        self.digests: list[tuple[DocumentId, int]] = []  # with ids, of the first documents
+        self.num_eot_literals = self.num_val_file_chars = 0
+        self.documents: list[tuple[DocumentId, int, int]] = []  # the first ones: digest, characters
         self.duplicates = Duplicates()
 
     def read(self, i: int, source: Source, meter: ProgressMeter) -> None:
@@ -74,7 +82,7 @@ class _TextScan:
         done = 0
         texts = read_split(FileSpan(i, source), UNDIVIDED, self.text_format, self.bad_input)
         for number, parts in groupby(texts, key=lambda part: part.document):
-            digest = hashlib.sha256()
+            digest, first_char = hashlib.sha256(), self.num_chars
             for part in parts:
                 encoded = part.text.encode("utf-8")
                 digest.update(encoded)
@@ -82,10 +90,12 @@ class _TextScan:
                 meter.add(part.bytes_read - done, len(encoded))
                 done = part.bytes_read
             self.num_documents += 1
-            value = int(digest.hexdigest()[:16], 16)
-            self.duplicates.add(value, "val" if i in self.val_sources else "", source.name)
-            if len(self.digests) < MIN_HASH_DOCUMENTS:
-                self.digests.append(((i, number), value))
+            value, num_chars = int(digest.hexdigest()[:16], 16), self.num_chars - first_char
+            is_val = i in self.val_sources
+            self.num_val_file_chars += num_chars if is_val else 0
+            self.duplicates.add(value, "val" if is_val else "", source.name)
+            if len(self.documents) < MIN_HASH_DOCUMENTS:
+                self.documents.append(((i, number), value, num_chars))
 
     def _add_text(self, text: str, num_bytes: int) -> None:
         self.num_chars += len(text)
@@ -96,12 +106,24 @@ class _TextScan:
             self.sample.append(text[: MAX_SAMPLE_CHARS - self.num_sampled])
             self.num_sampled += len(self.sample[-1])
 
+    def count_train_chars(self, rule: SplitRule) -> int:
+        """Characters to train on; if documents are chosen by their hash, an estimate."""
+        if rule.rule == "character":
+            return rule.cut
+        if rule.rule == "files":
+            return self.num_chars - self.num_val_file_chars
+        if rule.rule == "boundary":  # there are no others than the first documents
+            splits = ((rule.assign(i, digest), chars) for i, digest, chars in self.documents)
+            return sum(chars for split, chars in splits if split == "train")
+        return round(self.num_chars * (1 - rule.fraction))
+
     def findings(self) -> list[Finding]:
         """Counts and problems, without those of tokens and splits."""
         found = []
         if self.num_documents or not self.bad_input.examples:
             documents = pluralize(self.num_documents, "document")
-            found = [ok(f"{documents}, {self.num_chars:,} characters, {self.num_bytes:,} bytes")]
+            size = f"{pluralize(self.num_chars, 'character')}, {pluralize(self.num_bytes, 'byte')}"
+            found = [ok(f"{documents}, {size}")]
         notices = sorted(self.bad_input.notices)[:MAX_EXAMPLES]
         found += [warning(f"{notice} while reading") for notice in notices]
         for example, hint in zip(self.bad_input.examples, self.bad_input.hints, strict=True):
@@ -122,7 +144,11 @@ class _TextScan:
 
 
 def _check_tokens(
-    text_scan: _TextScan, request: PrepareRequest, sources: list[Source], context_length: int
+    text_scan: _TextScan,
+    request: PrepareRequest,
+    sources: list[Source],
+    rule: SplitRule,
+    context_length: int,
 ) -> list[Finding]:
     """Estimate the number of tokens from a sample, and check the vocabulary by it."""
     name = str(request.tokenizer)
@@ -142,13 +168,15 @@ def _check_tokens(
     # Training learns bpe from the training part alone.
     is_estimate = text_scan.num_sampled < text_scan.num_chars or name == "bpe"
     about = "about " if is_estimate else ""
-    num_sequences = count_sequences(num_tokens, context_length)
+    train_share = text_scan.count_train_chars(rule) / max(1, text_scan.num_chars)
+    num_train = round(num_tokens * train_share)
+    num_sequences = count_sequences(num_train, context_length)
     tokens = pluralize(num_tokens, "token")
-    message = f"{about}{tokens}, {num_sequences:,} sequences of {context_length}"
+    message = f"{about}{tokens}, {num_sequences:,} sequences of {context_length} to train on"
     found = [ok(message)]
     if num_sequences == 0:
         which = f"with the tokenizer {tokenizer.name}; --preset chooses that of another preset"
-        found = [error(message, f"{too_short_hint(num_tokens)} ({which})")]
+        found = [error(message, f"{too_short_hint(num_train)} ({which})")]
     elif num_sequences < 100:
         hint = "a model of any size will soon memorize it; more text helps most"
         found = [warning(message, hint)]
@@ -158,26 +186,20 @@ def _check_tokens(
     return found
 
 
-def _check_split(
-    text_scan: _TextScan, selection: FileSelection, request: PrepareRequest
-) -> list[Finding]:
+def _check_split(text_scan: _TextScan, sources: Sequence[Source], rule: SplitRule) -> list[Finding]:
     """Duplicates, and what is held out."""
-    duplicates, sources, fraction = text_scan.duplicates, selection.sources, request.val_fraction
-    if not fraction:
+    duplicates = text_scan.duplicates
+    if rule.rule == "none":
         return duplicates.findings()
-    try:
-        rule = scan(replace(request, skip_bad=True), selection).split_rule
-    except UserError as problem:
-        return [*duplicates.findings(), error(str(problem))]
     if rule.rule == "boundary":
         duplicates = Duplicates()
-        for document_id, digest in text_scan.digests:
+        for document_id, digest, _ in text_scan.documents:
             split = rule.assign(document_id, digest)
             duplicates.add(digest, split, sources[document_id[0]].name)
     if duplicates.in_both_splits:
         return duplicates.findings()
     val_part = {
-        "character": f"the last {100 * fraction:g}% of the text, cut at character {rule.cut:,}",
+        "character": f"the last {100 * rule.fraction:g}% of the text, from character {rule.cut:,}",
         "boundary": "the last documents, with all duplicates of a document in one split",
         "files": "the files whose names say so",
         "hash": "documents chosen by their hash, so that none is in both splits",

@@ -7,7 +7,14 @@ import numpy as np
 
 from gptforge.printable import printable
 from gptforge.report.comparison import METRIC_NAMES, Comparison, Group
-from gptforge.report.curves import TEXT_COLOR, needs_log_scale, new_figure, running_mean, style_axes
+from gptforge.report.curves import (
+    TEXT_COLOR,
+    default_style,
+    needs_log_scale,
+    new_figure,
+    running_mean,
+    style_axes,
+)
 from gptforge.report.metrics import series
 
 if TYPE_CHECKING:
@@ -21,6 +28,7 @@ COLORS = (
 MAX_NAME = 44  # characters of a name in the legend
 
 
+@default_style()
 def plot_comparison(comparison: Comparison) -> "Figure":
     """Draw held-out and training loss by step, and the best losses; one color for each group."""
     metric, figure = comparison.metric or "val_loss", new_figure()

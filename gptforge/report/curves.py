@@ -1,7 +1,8 @@
 """training_curves.png: loss, learning rate, gradient norm and speed of a run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,17 +32,29 @@ MAX_SPEED_RATIO = 3.0
 """Speeds above this multiple of the median, as after a clock change, are cut off."""
 
 
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Draw with matplotlib's own defaults, not with those of a user's matplotlibrc."""
+    import matplotlib as mpl
+
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        yield
+
+
 def save_curves(history: History, path: Path, *, title: str) -> None:
     """Draw the curves and replace the file at `path` atomically."""
     save_figure(plot_curves(history, title=title), path)
 
 
+@default_style()
 def save_figure(figure: "Figure", path: Path) -> None:
     """Replace the file at `path` atomically; its suffix says the format."""
     with atomic_replace(path) as partial:
         figure.savefig(partial)
 
 
+@default_style()
 def plot_curves(history: History, *, title: str) -> "Figure":
     """Draw all curves of a run into one figure."""
     figure = new_figure()

@@ -70,7 +70,8 @@ def svg_curves(history: History) -> str:
 
     thin = replace(history, train=thin_out(history.train, MAX_POINTS["svg"]))
     out = io.BytesIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gptforge"}):
+    with curves.default_style():
+        mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "gptforge"})
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure = curves.plot_curves(thin, title="")
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gptforge.checkpoint.out_dir import METRICS
 from gptforge.config import FIELDS
 from gptforge.files import atomic_write
-from gptforge.report.curves import TEXT_COLOR, TRAIN_COLOR, VAL_COLOR, style_frame
+from gptforge.report.curves import (
+    TEXT_COLOR,
+    TRAIN_COLOR,
+    VAL_COLOR,
+    default_style,
+    style_frame,
+)
 from gptforge.report.format import markdown_table
 from gptforge.report.metrics import read_history
 from gptforge.sweep.space import Values, format_value
@@ -139,6 +145,7 @@ def _rows(results: Sequence[TrialResult]) -> list[list[str]]:
     return rows
 
 
+@default_style()
 def plot_sweep(results: Sequence[TrialResult], *, title: str) -> "Figure":
     """Draw trials with a loss, best first: a panel for each field."""
     from matplotlib.figure import Figure

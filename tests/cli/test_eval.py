@@ -198,3 +198,19 @@ def test_a_model_without_a_run_needs_data(program, run) -> None:
     done = program("eval", "run/checkpoints/last", "--device", "cpu")
     assert done.code == 2
     assert "--data" in done.err
+
+
+def test_a_text_that_was_moved_can_be_put_back_for_its_held_out_part(program, play) -> None:
+    text = Path("book.txt")
+    shutil.copy(play, text)
+    assert program(*TRAIN, "--input", text).code == 0
+    expected = program(*EVAL).out
+    moved = text.rename("moved.txt")
+    gone = program(*EVAL)
+    assert gone.code == 2
+    assert "book.txt, is not here: put it back, or give another text with --data" in gone.err
+    learned = program(*EVAL, "--data", moved)
+    assert "to evaluate the held-out part, put the text back to" in learned.err
+    moved.rename(text)
+    assert "without --data the held-out part is evaluated" in program(*EVAL, "--data", text).err
+    assert program(*EVAL).out == expected

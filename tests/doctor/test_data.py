@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +55,13 @@ def test_preset_determines_tokenizer_and_context_length(tmp_path, doctor) -> Non
     assert "sequences of 1024" in doctor("t.txt")
     flags = ("t.txt", "--preset", "debug")
     out = doctor(*flags)
-    assert f"{len(text):,} tokens, {(len(text) - 1) // 32:,} sequences of 32" in out
+    num_sequences = (int(0.9 * len(text)) - 1) // 32  # a tenth is held out
+    assert f"{len(text):,} tokens, {num_sequences:,} sequences of 32 to train on" in out
     assert "sequences of 64" in doctor(*flags, "--context_length", 64)
     (tmp_path / "t.txt").write_text("x")
-    assert "1 token, 0 sequences of 32: use more text (" in doctor(*flags, code=1)
+    out = doctor(*flags, code=1)
+    assert "1 token, 0 sequences of 32 to train on: use more text (" in out
+    assert "1 document, 1 character, 1 byte\n" in out
 
 
 @pytest.mark.parametrize(
@@ -125,10 +129,37 @@ def test_tiny_text(tmp_path, doctor) -> None:
     text = "Wherefore art thou Romeo?"
     (tmp_path / "t.txt").write_text(text)
     n = len(from_name("gpt2", "").encode(text))
-    out = doctor("t.txt", code=1)
-    assert f"error   {n} tokens, 0 sequences of 1024: use --context_length {n - 1} at most" in out
+    out = doctor("t.txt", "--val_fraction", 0, code=1)
+    message = f"error   {n} tokens, 0 sequences of 1024 to train on"
+    assert f"{message}: use --context_length {n - 1} at most" in out
     (tmp_path / "t.txt").write_text(make_text(1, 500))
     assert "soon memorize it" in doctor("t.txt", "--context_length", 32)
+
+
+@pytest.mark.parametrize("num_documents", [1, 3, 150])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_sequences_are_those_of_the_training_part(
+    tmp_path, doctor, program, num_documents, by_name
+) -> None:
+    texts = [make_text(seed, 40) for seed in range(num_documents)]
+    (tmp_path / "t").mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "t" / "train.jsonl").write_text("".join(lines))
+    if by_name:
+        (tmp_path / "t" / "val.jsonl").write_text(json.dumps({"text": make_text(999, 300)}))
+    flags = ("t", "--preset", "debug")
+    found = re.search(r"([\d,]+) sequences of 32 to train on", doctor(*flags))
+    planned = json.loads(program("plan", "--json", "--input", *flags).out)
+    num_sequences = (planned["text"]["tokens"] - 1) // 32
+    tolerance = 0.1 * num_sequences if num_documents == 150 else 1  # some, by a hash
+    assert int(found[1].replace(",", "")) == pytest.approx(num_sequences, abs=tolerance)
+
+
+def test_a_damaged_file_is_not_said_to_have_no_text(tmp_path, doctor) -> None:
+    (tmp_path / "t.txt").write_bytes(b"caf\xe9 au lait")
+    out = doctor("t.txt", code=1)
+    assert "utf-8" in out.lower()
+    assert "no text" not in out
 
 
 def test_normalization_and_literal_eot(tmp_path, doctor) -> None:

@@ -1,6 +1,7 @@
 import math
 import struct
 
+import matplotlib as mpl
 import pytest
 
 from gptforge.report.curves import plot_curves, save_curves
@@ -37,6 +38,16 @@ def test_any_history_can_be_drawn(tmp_path) -> None:
         assert width > 1000
         assert height > 500
         (tmp_path / "curves.png").unlink()
+
+
+def test_the_style_is_the_same_with_a_matplotlibrc(tmp_path) -> None:
+    pictures = []
+    for name, style in (("a", {}), ("b", {"axes.facecolor": "black", "savefig.dpi": 20})):
+        with mpl.rc_context(style):
+            save_curves(history(20), tmp_path / f"{name}.png", title="test")
+            assert not style or mpl.rcParams["savefig.dpi"] == 20
+        pictures.append((tmp_path / f"{name}.png").read_bytes())
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.parametrize(("steps", "every"), [(2, 1), (3, 1), (12, 1), (2000, 5), (10**6, 1000)])
