@@ -88,8 +88,13 @@ class AsyncSaver:
         with self.store.disk_errors(name):
             if is_best:
                 self.store.set_link("best", name)
-            self.store.prune(self._keep, self.protected_steps)
+            self.prune()
         return SavedCheckpoint(step, name, is_best)
+
+    def prune(self) -> None:
+        """Delete the checkpoints that are not to be kept."""
+        if self._enabled:
+            self.store.prune(self._keep, self.protected_steps)
 
 
 @contextmanager

@@ -92,8 +92,10 @@ class Trainer:
         """The training loop; returns why it ended, after the last save has started."""
         self._start_time = time.perf_counter() - self.state.seconds
         self.reset_history()
-        # After a crash between the last save and `_finish`, only the report is missing.
         reason = self.end_reason()
+        if reason is not None:
+            # After a crash between the last save and `_finish`, old checkpoints may be left.
+            self.saver.prune()
         while reason is None:
             # A run that was interrupted in an evaluation resumes with it, not with a step.
             if not self.state.partial_eval and (diverged := self.train_step()):

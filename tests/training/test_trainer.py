@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.format import read_state, read_tensors
 from gptforge.checkpoint.store import CheckpointStore
+from gptforge.config import Config
+from gptforge.errors import RunError
 from gptforge.training.loss_monitor import LossMonitor
 from tests.training.runs import StopAfter, build, events, last
 
@@ -96,6 +100,32 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, tmp_path, o
         assert [[e[n] for n in names] for e in left] == [[e[n] for n in names] for e in right]
     one, two = read_state(last(straight))["progress"], read_state(last(config))["progress"]
     assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+def test_a_crash_after_the_last_save_leaves_no_more_checkpoints(config, tmp_path) -> None:
+    config = dataclasses.replace(config, save_every=5, keep_checkpoints=1)
+    straight = dataclasses.replace(config, out_dir=str(tmp_path / "straight"))
+    build(straight).fit()
+
+    def prune(self: CheckpointStore, *args: object) -> None:
+        if self.read_link("last") == self.path_of(20):
+            raise OSError(errno.EROFS, "read-only")
+        original(self, *args)
+
+    original = CheckpointStore.prune
+    trainer = build(config)
+    with mock.patch.object(CheckpointStore, "prune", prune), pytest.raises(RunError):
+        trainer.fit()
+    trainer.close()
+    left, kept = [_checkpoints(c) for c in (config, straight)]
+    assert len(left) > len(kept)
+    assert build(config).fit() == "finished"
+    assert _checkpoints(config) == kept
+
+
+def _checkpoints(config: Config) -> list[str]:
+    folder = Path(config.out_dir) / "checkpoints"
+    return [path.name for path in CheckpointStore(folder).checkpoints()]
 
 
 def test_resumed_log_has_every_step_once(config) -> None:
