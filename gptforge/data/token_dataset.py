@@ -209,10 +209,13 @@ class ShardReader:
             return self._tokens[start:stop]
         itemsize = self._shard.dtype.itemsize
         length, offset = itemsize * (stop - start), self._shard.offset + itemsize * start
+        data = b""
         try:
             with self._lock:
                 self._file.seek(offset)
-                data = self._file.read(length)
+                # Unbuffered: one read may return less than there is, on some file systems.
+                while len(data) < length and (more := self._file.read(length - len(data))):
+                    data += more
         except OSError as error:
             raise self._unreadable(*explain_os_error(error)) from None
         if len(data) < length:

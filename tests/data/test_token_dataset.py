@@ -7,6 +7,7 @@ import resource
 import struct
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -187,6 +188,21 @@ def test_shard_truncated_while_in_use(tmp_path, monkeypatch, in_memory_bytes) ->
     assert tokens[9_998:10_000].tolist() == [9_998, 9_999]
     with pytest.raises(UserError, match=r"s\.bin: no longer readable: it was truncated while in"):
         tokens[9_999:10_001]
+
+
+def test_reads_that_return_less_than_requested_are_continued(tmp_path, monkeypatch) -> None:
+    """Some file systems do that, at a signal for instance; it must not look like a truncation."""
+    monkeypatch.setattr(token_dataset, "MAX_IN_MEMORY_BYTES", 0)
+    path = tmp_path / "s.bin"
+    np.arange(1000, dtype="<u2").tofile(path)
+    shard = ShardFile(path, np.dtype("<u2"), 1000, 0)
+    tokens = ShardDataset([shard], vocab_size=2**16)
+    with path.open("rb", buffering=0) as file:
+        short = mock.Mock(wraps=file)
+        short.read.side_effect = lambda size: file.read(min(size, 7))
+        monkeypatch.setattr(tokens._reader(shard), "_file", short)
+        assert tokens[100:900].tolist() == list(range(100, 900))
+        assert tokens[999:1000].tolist() == [999]
 
 
 def test_shard_truncated_before_it_is_opened(tmp_path) -> None:
