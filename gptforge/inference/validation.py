@@ -42,10 +42,7 @@ def check_non_negative_int(value: Any, name: str) -> int:
 
 def as_int_list(value: int | Iterable[int], name: str, *, below: int | None = None) -> list[int]:
     """A list of non-negative ints from one number or several."""
-    values: Iterable[Any] = value if isinstance(value, Iterable) else [value]
-    # Elements of a 1-D torch tensor are tensors too; those of a 2-D one are not numbers.
-    plain = (number.item() if getattr(number, "ndim", 1) == 0 else number for number in values)
-    numbers = [check_non_negative_int(number, f"each of {name}") for number in plain]
+    numbers = [check_non_negative_int(number, f"each of {name}") for number in _elements(value)]
     if below is not None and (largest := max(numbers, default=0)) >= below:
         raise UserError(f"each of {name} must be below {below}, not {short_repr(largest)}")
     return numbers
@@ -55,10 +52,18 @@ def as_seed_list(value: int | Sequence[int | None] | None, count: int) -> list[i
     """One seed per prompt; None for a random one."""
     if value is None:
         return [None] * count
-    seeds: list[Any] = list(value) if isinstance(value, Iterable) else [value]
+    seeds = _elements(value)
     if len(seeds) != count:
         raise UserError(f"give one seed per prompt: {count} prompts, {len(seeds)} seeds")
     return seeds
+
+
+def _elements(value: Any) -> list[Any]:
+    """The elements of an iterable, else the value; 0-D tensors and arrays become numbers."""
+    # Those are Iterable by their class, but not iterable. Elements of a 1-D tensor are 0-D tensors.
+    is_single = not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+    elements = [value] if is_single else value
+    return [x.item() if getattr(x, "ndim", 1) == 0 else x for x in elements]
 
 
 def is_int(value: Any) -> bool:

@@ -51,6 +51,15 @@ def test_numpy_and_torch_numbers_are_accepted(model) -> None:
         assert torch.equal(model.logits(many), model.logits(ids))
 
 
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_an_array_without_dimensions_is_one_number(model, make) -> None:
+    best = model.logits(make(3))[-1].argmax()
+    assert model.decode(best) == model.decode([int(best)])
+    plain = model.generate_batch("a", 9, seeds=3, stop_token_ids=5)
+    assert model.generate_batch("a", 9, seeds=make(3), stop_token_ids=make(5)) == plain
+    assert model.generate_batch(["a"], 9, seeds=make([3]), stop_token_ids=make([5])) == plain
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
