@@ -43,15 +43,16 @@ class OpenedRun:
 
     def to_json(self) -> dict[str, Any]:
         """For ranks that cannot look themselves: the folder may be on another machine."""
-        path = self.checkpoint and self.checkpoint.as_posix()
+        path = None if self.checkpoint is None else self.checkpoint.as_posix()
         return vars(self) | {"config": vars(self.config), "checkpoint": path}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "OpenedRun":
         """Inverse of `to_json`."""
         path, notices = record["checkpoint"], tuple(record["notices"])
-        fields = {"config": Config(**record["config"]), "notices": notices}
-        return cls(**{**record, **fields, "checkpoint": path and Path(path)})
+        checkpoint = None if path is None else Path(path)
+        config = Config(**record["config"])
+        return cls(**{**record, "config": config, "checkpoint": checkpoint, "notices": notices})
 
 
 def open_run(

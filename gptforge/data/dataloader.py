@@ -22,7 +22,7 @@ INDEX_CHUNK = 2048
 
 
 class DataLoader:
-    """An endless iterator over global batches, whose state is its position.
+    """Global batches without end; the only state is the position.
 
     Sequences start at 0, T, 2T, ... of the tokens, targets are shifted by one, and a last, partial
     sequence is dropped. With `random_offset`, all sequences of an epoch are shifted by a random
@@ -67,9 +67,7 @@ class DataLoader:
         self._tokens = tokens
         self._context_length = context_length
         self._global_batch_size = global_batch_size
-        self._seed = seed
-        self._shuffle = shuffle
-        self._random_offset = random_offset
+        self._seed, self._shuffle, self._random_offset = seed, shuffle, random_offset
         self._device = device
         # Copies have their own CUDA stream, to overlap with computation.
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -36,10 +36,11 @@ class StopMatcher:
     def add(self, text: str) -> str:
         """Append text; returns the part that cannot belong to a stop string."""
         self._pending += text
-        ends = [at + len(text) for text in self._stop if (at := self._pending.find(text)) >= 0]
+        ends = [at + len(stop) for stop in self._stop if (at := self._pending.find(stop)) >= 0]
         if ends:
             self.is_stopped = True
             text, self._pending = self._pending[: min(ends)], ""
+            # The shortest rest is the one without the longest stop string that ends here.
             return min((text.removesuffix(stop) for stop in self._stop), key=len)
         certain = max(0, len(self._pending) - self._max_prefix)
         text, self._pending = self._pending[:certain], self._pending[certain:]

@@ -15,7 +15,6 @@ from gptforge.training.state import restore
 if TYPE_CHECKING:
     from gptforge.training.trainer import Trainer
 
-
 MAX_BAD_STEPS = 5  # training rolls back after this many consecutive steps with NaN or Inf
 MAX_ROLLBACKS = 3
 HINT = "try a lower --max_lr or a longer --warmup_steps, and check the training text"
@@ -97,4 +96,4 @@ def _latest_good_checkpoint(
         return None if path is None else path.as_posix(), warnings
 
     path, warnings = comm.broadcast_from_rank0(find)
-    return path and Path(path), warnings
+    return None if path is None else Path(path), warnings

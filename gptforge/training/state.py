@@ -67,10 +67,12 @@ class TrainState:
         # On-disk keys predate the field names; renaming them would break old checkpoints.
         losses, partial = record.pop("recent_losses"), record.pop("partial_eval")
         record["returns"] = record.pop("rollbacks")  # the key since version 0.1
+        if partial is not None:
+            partial = {key: partial[name] for key, name in PARTIAL_KEYS.items()}
         return {
             "progress": {name: _finite_or_none(value) for name, value in record.items()},
             "pending": ["evaluate"] if partial else [],
-            "partial": partial and {key: partial[name] for key, name in PARTIAL_KEYS.items()},
+            "partial": partial,
             "recent_losses": [_finite_or_none(loss) for loss in losses],
         }
 
