@@ -22,6 +22,7 @@ from gptforge.model import GPT
 from gptforge.optim import build_optimizer
 from gptforge.report.format import format_duration
 from gptforge.training.distillation import Distillation
+from gptforge.training.dry_run import dry_run, time_optimizer
 from gptforge.training.parallel.fsdp import apply_fsdp
 from gptforge.training.train_step import TrainStep
 
@@ -73,16 +74,10 @@ def build_train_step(
                 comm.broadcast(parameter.detach())
     is_explicit = "batch_size" in explicit
     step = TrainStep(
-        model,
-        build_optimizer(config, model),
-        config,
-        precision=precision,
-        kernels=kernels,
-        halve_on_oom=not is_explicit and root is None,
-        comm=comm,
-        root=root,
+        model, build_optimizer(config, model), config, precision=precision, kernels=kernels,
+        halve_on_oom=not is_explicit and root is None, comm=comm, root=root,
         distillation=distillation,
-    )
+    )  # fmt: skip
     failure = _try_manual_backward(step, config) if kernels.manual_backward else ""
     if not comm.all_true(not failure):
         if kernels.float8:
@@ -102,7 +97,7 @@ def build_train_step(
     try:
         compiled, reason = try_compile(step, config)
         if device.type == "cuda" and not compiled:
-            step.dry_run(step.micro_batch_size, config.context_length)
+            dry_run(step, step.micro_batch_size, config.context_length)
     except torch.OutOfMemoryError:
         raise RunError(memory_fit.out_of_memory_hint(step, config)) from None
     logger.info(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
@@ -138,7 +133,7 @@ def _try_manual_backward(step: TrainStep, config: Config) -> str:
     # same sizes, whether or not one of them runs out of memory.
     for sequences in (1,) if step.is_sharded else (config.batch_size, 1):
         try:
-            step.dry_run(sequences, config.context_length)
+            dry_run(step, sequences, config.context_length)
             return ""
         except torch.OutOfMemoryError:
             continue  # choose_micro_batch deals with it
@@ -164,7 +159,7 @@ def try_compile(step: TrainStep, config: Config) -> tuple[bool, str]:
     logger.info("torch.compile: compiling, which can take a minute")
     try:
         step.compile()
-        step.dry_run(step.micro_batch_size, config.context_length)
+        dry_run(step, step.micro_batch_size, config.context_length)
         return True, "as requested" if config.compile == "true" else "faster after the first step"
     except torch.OutOfMemoryError:
         raise
@@ -195,13 +190,13 @@ def estimate_duration(
     few = max(1, 2048 // config.context_length)
     is_fast = step.is_compiled or step.device.type == "cuda"
     sequences = step.micro_batch_size if is_fast else min(step.micro_batch_size, few)
-    seconds = step.dry_run(sequences, config.context_length)
+    seconds = dry_run(step, sequences, config.context_length)
     # Decided together: under FSDP a dry run takes all ranks.
     if comm.all_true(seconds < 1):
         # The first run of a shape includes one-time costs.
-        seconds = min(step.dry_run(sequences, config.context_length) for _ in range(2))
+        seconds = min(dry_run(step, sequences, config.context_length) for _ in range(2))
     per_sequence = seconds / sequences / comm.world_size
-    per_step = per_sequence * config.global_batch_size + step.time_optimizer()
+    per_step = per_sequence * config.global_batch_size + time_optimizer(step)
     evaluations = 1 + (steps - 1) // config.eval_every
     # The forward is a third of a step's FLOPs.
     eval_seconds = per_sequence / config.context_length * val_tokens / 3 * evaluations

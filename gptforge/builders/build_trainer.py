@@ -179,27 +179,16 @@ def _assemble(
     """
     c, dataset, device, comm = run.config, run.dataset, run.device, run.comm
     step_fn = build_train_step(
-        c,
-        device,
-        run.precision,
-        explicit=run.explicit,
-        is_resumed=opened.checkpoint is not None,
-        comm=comm,
-        wait_for_warmup=run.wait_for_warmup,
+        c, device, run.precision, explicit=run.explicit, comm=comm,
+        is_resumed=opened.checkpoint is not None, wait_for_warmup=run.wait_for_warmup,
         distillation=distillation,
-    )
+    )  # fmt: skip
     with contextlib.ExitStack() as on_failure:
         dataloader = DataLoader(
-            dataset.train,
-            context_length=c.context_length,
-            global_batch_size=c.global_batch_size,
-            seed=c.seed,
-            shuffle=c.shuffle,
-            random_offset=c.random_offset,
-            device=device,
-            rank=comm.rank,
-            world_size=comm.world_size,
-        )
+            dataset.train, context_length=c.context_length, global_batch_size=c.global_batch_size,
+            seed=c.seed, shuffle=c.shuffle, random_offset=c.random_offset, device=device,
+            rank=comm.rank, world_size=comm.world_size,
+        )  # fmt: skip
         on_failure.callback(dataloader.close)
         state = TrainState()
         if opened.checkpoint is not None:

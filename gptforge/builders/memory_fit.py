@@ -13,6 +13,7 @@ from gptforge.errors import RunError, UserError
 from gptforge.estimate.formulas import fsdp_memory, num_params, training_memory, zero1_memory
 from gptforge.kernel_select import select_kernels
 from gptforge.presets import AUTO, FINETUNE, PRESETS, get_preset
+from gptforge.training.dry_run import fits_memory
 from gptforge.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
     # Ranks of a sharded model would wait for one that runs out of memory, and on a CPU the kernel
     # kills the process.
     if is_gpu and not step.is_sharded:
-        size = first_fit(size, lambda n: step.fits(n, config.context_length))
+        size = first_fit(size, lambda n: fits_memory(step, n, config.context_length))
     if not size:
         raise RunError(
             f"not even one sequence fits into the {(free or 0) / 1e9:.1f} GB of free memory: use "
@@ -165,7 +166,7 @@ def out_of_memory_hint(step: TrainStep, config: Config) -> str:
     step.set_kernels(step.kernels)
     too_large = f"--batch_size {size} does not fit into the memory of {step.device}"
     for smaller in _smaller_micro_batches(config, size):
-        if step.fits(smaller, config.context_length):
+        if fits_memory(step, smaller, config.context_length):
             return f"{too_large}; {_equivalent_flags(config, smaller)}"
     return f"{too_large}, nor does less: use a smaller --context_length or model"
 

@@ -26,6 +26,7 @@ from gptforge.printable import pluralize
 from gptforge.recipe import EVALUATIONS, USABLE_TIME, intervals, round_nicely, teacher_steps
 from gptforge.report.format import format_duration
 from gptforge.report.log_handler import log_to
+from gptforge.training.dry_run import dry_run, time_optimizer
 from gptforge.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def time_step(
         with log_to(lambda text: None):
             step = build_bench_step(shallow, {*explicit, "batch_size"})
         fastest, cpu_share = _time_passes(step, sequences, config.context_length)
-        seconds.append(fastest / sequences + step.time_optimizer() / config.global_batch_size)
+        seconds.append(fastest / sequences + time_optimizer(step) / config.global_batch_size)
         is_manual = step.kernels.manual_backward
         del step
     total = seconds[-1]
@@ -138,7 +139,7 @@ def _time_passes(step: TrainStep, sequences: int, context_length: int) -> tuple[
     seconds: list[float] = []
     start = time.process_time()
     while sum(seconds) < MAX_SECONDS and (len(seconds) < 3 or sum(seconds) < MIN_SECONDS):
-        seconds.append(step.dry_run(sequences, context_length))
+        seconds.append(dry_run(step, sequences, context_length))
     cpu_share = (time.process_time() - start) / (sum(seconds) * torch.get_num_threads())
     return min(seconds), cpu_share
 

@@ -3,7 +3,6 @@
 import functools
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gptforge.config import Config
-from gptforge.device import Precision, preserve_rng_state, synchronize
+from gptforge.device import Precision
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig
 from gptforge.model import GPT
@@ -24,6 +23,7 @@ from gptforge.training.backends.float8 import Float8Backend
 from gptforge.training.backends.manual import ManualBackend
 from gptforge.training.backends.manual_layers import grad_groups
 from gptforge.training.distillation import Distillation
+from gptforge.training.dry_run import fits_memory
 from gptforge.training.grad_buffer import AutogradGradBuffer
 from gptforge.training.optimizer_step import optimizer_step
 from gptforge.training.parallel.fsdp import FSDPRoot, gather_model
@@ -35,9 +35,6 @@ from gptforge.training.parallel.zero1 import (
 )
 
 logger = logging.getLogger(__name__)
-
-MOMENT_BYTES, SAVE_BYTES = 8, 12
-"""Per parameter: of AdamW's moments, and of the copy that a save makes."""
 
 
 class TrainStep:
@@ -179,25 +176,17 @@ class TrainStep:
                 reducer = BucketedAllReduce(comm, grads)
                 grads.on_grads_ready = reducer.grads_ready
             autograd = AutogradBackend(
-                self.model,
-                self.precision,
-                kernels,
-                scaler=self._scaler,
-                grads=grads,
-                root=root,
-                world_size=comm.world_size,
-                **self._backend_options,
-            )
+                self.model, self.precision, kernels, scaler=self._scaler, grads=grads, root=root,
+                world_size=comm.world_size, **self._backend_options,
+            )  # fmt: skip
             return autograd, reducer
 
         backend_class = Float8Backend if kernels.float8 else ManualBackend
         if root is not None:
+            weights = AllGatheredWeights(dtype, root, comm)
+            make_grads = functools.partial(ShardedGradBuffer, comm=comm)
             manual = backend_class(
-                self.model,
-                dtype,
-                weights=AllGatheredWeights(dtype, root, comm),
-                make_grads=functools.partial(ShardedGradBuffer, comm=comm),
-                **self._backend_options,
+                self.model, dtype, weights=weights, make_grads=make_grads, **self._backend_options
             )
             assert isinstance(manual.grads, ShardedGradBuffer)
             reducer = BucketedReduceScatter(comm, manual.grads)
@@ -270,7 +259,7 @@ class TrainStep:
         self.backend = CudaGraphBackend(manual)
         self._optimizer_step = CudaGraphOptimizerStep(self._optimizer_step, manual, self.ema)
         # The first call warms up, the second one is captured.
-        captured = all(self.fits(self.micro_batch_size, context_length) for _ in range(2))
+        captured = all(fits_memory(self, self.micro_batch_size, context_length) for _ in range(2))
         if captured and not self.optimizer.state:
             try:
                 for _ in range(2):
@@ -284,64 +273,6 @@ class TrainStep:
             self.set_kernels(self.kernels)
         return captured
 
-    def dry_run(self, batch_size: int, context_length: int) -> float:
-        """Time a forward and backward pass on dummy tokens, without side effects, in seconds."""
-        num_tokens = batch_size * context_length
-        # Distinct ids: atomics on one row of the embedding's gradient would be far slower.
-        tokens = torch.arange(num_tokens, device=self.device) % self.model.config.vocab_size
-        x = tokens.view(batch_size, context_length)
-        self.root_module.train()
-        with preserve_rng_state(self.device):
-            synchronize(self.device)
-            start = time.perf_counter()
-            self.backend.zero_grad()
-            self.backend.forward_backward(x, x, 1 / num_tokens)
-            synchronize(self.device)
-        self.optimizer.zero_grad()
-        return time.perf_counter() - start
-
-    def time_optimizer(self) -> float:
-        """Time an optimizer step on a CPU, without side effects, in seconds.
-
-        0 on other devices: it is fast there, and in a CUDA graph faster than measured here.
-        """
-        if self.device.type != "cpu":
-            return 0.0
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        # Without side effects, since the step is skipped. That takes Muon as long. AdamW then does
-        # nothing, and would otherwise take no longer than a copy of the weights.
-        self.optimizer.found_inf = torch.ones(())
-        seconds: list[float] = []
-        while len(seconds) < 3 and sum(seconds) < 1:
-            start = time.perf_counter()
-            self.optimizer.step()
-            seconds.append(time.perf_counter() - start)
-        self.optimizer.found_inf = None
-        self.optimizer.zero_grad()
-        return min(seconds)
-
-    def fits(self, batch_size: int, context_length: int) -> bool:
-        """Whether a micro-batch fits into the device's memory, by a dry run."""
-        reserved, fits = None, True
-        try:
-            # Hold the memory of a save, and before the first step that of the optimizer's state.
-            if self.device.type == "cuda":
-                per_param = SAVE_BYTES + (0 if self.ema is None else 4)
-                per_param += 0 if self.optimizer.state else MOMENT_BYTES
-                nbytes = per_param * sum(p.numel() for p in self.model.parameters())
-                reserved = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            self.dry_run(batch_size, context_length)
-        except torch.OutOfMemoryError:
-            fits = False
-        del reserved
-        self.optimizer.zero_grad()
-        if self.device.type == "cuda":
-            # Blocks cached for this batch size would fragment the memory for the next one.
-            torch.cuda.empty_cache()
-        return fits
-
     def scaler_state_dict(self) -> dict[str, float]:
         """The loss scaler's state; empty where there is none."""
         return {name: float(value) for name, value in self._scaler.state_dict().items()}
@@ -350,10 +281,8 @@ class TrainStep:
         """Restore the loss scaler's state."""
         if state and self._scaler.is_enabled():
             # `scaler_state_dict` made these floats, and GradScaler's kernel takes ints.
-            int_keys = {"growth_interval", "_growth_tracker"}
-            self._scaler.load_state_dict(
-                {name: int(value) if name in int_keys else value for name, value in state.items()}
-            )
+            ints = {name: int(state[name]) for name in ("growth_interval", "_growth_tracker")}
+            self._scaler.load_state_dict({**state, **ints})
 
     def _halve_micro_batch(self) -> None:
         if isinstance(self.backend, CudaGraphBackend):

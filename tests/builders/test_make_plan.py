@@ -345,12 +345,9 @@ def test_a_large_model_is_timed_by_extrapolating_from_two_small_ones(monkeypatch
         def __init__(self, n_layer: int) -> None:
             self.n_layer = n_layer
 
-        def dry_run(self, sequences: int, context_length: int) -> float:
-            assert context_length == 1024
-            return sequences * (3.0 + 2.0 * self.n_layer)
-
-        def time_optimizer(self) -> float:
-            return 128.0 * (5.0 + self.n_layer)
+    def dry_run(step: FakeStep, sequences: int, context_length: int) -> float:
+        assert context_length == 1024
+        return sequences * (3.0 + 2.0 * step.n_layer)
 
     def build_fake(config: Config, explicit) -> FakeStep:
         depths.append(config.n_layer)
@@ -358,6 +355,8 @@ def test_a_large_model_is_timed_by_extrapolating_from_two_small_ones(monkeypatch
         return FakeStep(config.n_layer)
 
     monkeypatch.setattr(step_timing, "build_bench_step", build_fake)
+    monkeypatch.setattr(step_timing, "dry_run", dry_run)
+    monkeypatch.setattr(step_timing, "time_optimizer", lambda step: 128.0 * (5.0 + step.n_layer))
     config = dataclasses.replace(get_preset("gpt2-xl"), vocab_size=50304, init_from="somewhere")
     seconds, how = step_timing.time_step(config, (), device=CPU, micro_batch=8)
     assert seconds == pytest.approx(8.0 + 3.0 * 48)
@@ -374,14 +373,13 @@ def test_other_programs_on_the_cores_are_reported(monkeypatch, cpu_share, is_rep
     class FakeStep:
         kernels = DEFAULT_KERNELS
 
-        def dry_run(self, sequences: int, context_length: int) -> float:
-            clock[0] += 10.0 * cpu_share * torch.get_num_threads()
-            return 10.0
-
-        def time_optimizer(self) -> float:
-            return 1.0
+    def dry_run(step: FakeStep, sequences: int, context_length: int) -> float:
+        clock[0] += 10.0 * cpu_share * torch.get_num_threads()
+        return 10.0
 
     clock = [0.0]
+    monkeypatch.setattr(step_timing, "dry_run", dry_run)
+    monkeypatch.setattr(step_timing, "time_optimizer", lambda step: 1.0)
     monkeypatch.setattr(step_timing, "build_bench_step", lambda *_: FakeStep())
     monkeypatch.setattr(step_timing.time, "process_time", lambda: clock[0])
     config = dataclasses.replace(get_preset("debug"), vocab_size=64)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptforge.builders import build_train_step
 from gptforge.builders.build_train_step import estimate_duration
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.format import read_config, read_tensors, read_tokenizer
@@ -16,7 +17,6 @@ from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.tokenizers import save
 from gptforge.tokenizers.char import CharTokenizer
-from gptforge.training.train_step import TrainStep
 from tests.training.runs import StopAfter, build, events, last
 
 
@@ -227,7 +227,7 @@ def test_interrupt_before_the_first_step_leaves_no_folder(config, monkeypatch) -
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(TrainStep, "dry_run", interrupt)
+        patched.setattr(build_train_step, "dry_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(config)
     assert not Path(config.out_dir).exists()
@@ -362,8 +362,8 @@ def test_init_from_another_run(config, tmp_path) -> None:
 
 
 def test_estimate_counts_whole_steps_and_evaluations(config, monkeypatch) -> None:
-    monkeypatch.setattr(TrainStep, "dry_run", lambda *_: 8.0)
-    monkeypatch.setattr(TrainStep, "time_optimizer", lambda _: 3600.0)
+    monkeypatch.setattr(build_train_step, "dry_run", lambda *_: 8.0)
+    monkeypatch.setattr(build_train_step, "time_optimizer", lambda _: 3600.0)
     config = dataclasses.replace(config, eval_every=5, max_steps=20)
     trainer = build(config)
     trainer.lock.release()

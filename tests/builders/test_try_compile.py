@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gptforge.builders import build_train_step
 from gptforge.builders.build_train_step import try_compile
 from gptforge.config import Config
 from gptforge.kernel_select import DEFAULT_KERNELS
@@ -22,13 +23,18 @@ class FakeStep(SimpleNamespace):
     def compile(self) -> None:
         self.calls.append("compile")
 
-    def dry_run(self, batch_size: int, context_length: int) -> None:
-        self.calls.append("dry_run")
-        if self.error:
-            raise self.error
-
     def set_kernels(self, kernels) -> None:
         self.calls.append("set_kernels")
+
+
+@pytest.fixture(autouse=True)
+def fake_dry_run(monkeypatch) -> None:
+    def dry_run(step: FakeStep, batch_size: int, context_length: int) -> None:
+        step.calls.append("dry_run")
+        if step.error:
+            raise step.error
+
+    monkeypatch.setattr(build_train_step, "dry_run", dry_run)
 
 
 def test_failed_compilation_is_reported_in_one_line() -> None:

@@ -16,6 +16,7 @@ from gptforge.distributed.dtensor import gather_full_tensor, local_tensor
 from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
+from gptforge.training.dry_run import dry_run
 from gptforge.training.parallel.fsdp import apply_fsdp
 from gptforge.training.train_step import TrainStep
 from tests.conftest import TINY
@@ -211,7 +212,7 @@ def steps_and_dry_runs(comm: Comm) -> list:
     step, results = make_step(comm), []
     for _ in range(3):
         results.append([float(x) for x in step(*batch(comm, ROWS), lr=1e-2)])
-        step.dry_run(1, 16)
+        dry_run(step, 1, 16)
     return results
 
 

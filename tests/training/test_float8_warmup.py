@@ -16,6 +16,7 @@ from gptforge.builders.step_timing import build_bench_step
 from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from gptforge.kernel_select import KernelConfig
+from gptforge.training import train_step
 from gptforge.training.backends import cuda_graph
 from gptforge.training.backends.manual import ManualBackend
 from gptforge.training.trainer import Trainer
@@ -196,7 +197,7 @@ def test_without_memory_for_cuda_graphs_training_continues(config, monkeypatch, 
     use_graphs()
     trainer = build(dataclasses.replace(config, max_steps=WARMUP + 2))
     assert has_graph(trainer)
-    monkeypatch.setattr(trainer.step_fn, "fits", lambda batch_size, context_length: False)
+    monkeypatch.setattr(train_step, "fits_memory", lambda *_: False)
     assert trainer.fit() == "finished"
     assert trainer.step_fn.backend_name == "manual backward, fp8"
 

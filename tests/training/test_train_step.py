@@ -5,11 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gptforge.builders import memory_fit
 from gptforge.builders.memory_fit import out_of_memory_hint
 from gptforge.config import Config
 from gptforge.device import Precision
 from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT
+from gptforge.training import train_step
+from gptforge.training.dry_run import dry_run, fits_memory, time_optimizer
 from gptforge.training.train_step import TrainStep
 from tests.training.steps import BFLOAT16, make_batch, make_step
 
@@ -111,8 +114,8 @@ def test_out_of_memory_halves_the_micro_batch(tiny_model, messages) -> None:
     assert [line.split()[-1] for line in messages] == ["4", "2"]
     for left, right in zip(roomy.model.parameters(), small.model.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
-    assert not small.fits(4, 16)
-    assert small.fits(3, 16)
+    assert not fits_memory(small, 4, 16)
+    assert fits_memory(small, 3, 16)
 
 
 def test_out_of_memory_for_the_optimizer_state_halves_it_too(tiny_model, monkeypatch) -> None:
@@ -139,9 +142,9 @@ def test_explicit_micro_batch_size_is_not_halved(tiny_model) -> None:
 
 @pytest.mark.parametrize(("limit", "words"), [(3, "--batch_size 3 --gradient_accumulation_steps 4"),
                                               (0, "nor does less")])  # fmt: skip
-def test_out_of_memory_hint(tiny_model, limit, words) -> None:
+def test_out_of_memory_hint(tiny_model, monkeypatch, limit, words) -> None:
     step = make_step(tiny_model, batch_size=6)
-    step.fits = lambda batch_size, _: batch_size <= limit
+    monkeypatch.setattr(memory_fit, "fits_memory", lambda step, size, length: size <= limit)
     config = dataclasses.replace(Config(), batch_size=6, gradient_accumulation_steps=2)
     assert words in out_of_memory_hint(step, config)
     assert "--batch_size 6 does not fit" in out_of_memory_hint(step, config)
@@ -151,7 +154,7 @@ def test_dry_run_leaves_no_trace(tiny_model) -> None:
     step = make_step(tiny_model)
     before = copy.deepcopy(step.model.state_dict())
     rng_state = torch.get_rng_state()
-    assert step.dry_run(2, 16) > 0
+    assert dry_run(step, 2, 16) > 0
     assert torch.equal(rng_state, torch.get_rng_state())
     assert all(p.grad is None for p in step.model.parameters())
     assert not step.optimizer.state
@@ -163,7 +166,7 @@ def test_dry_run_leaves_no_trace(tiny_model) -> None:
 def test_timing_the_optimizer_leaves_no_trace(tiny_model, optimizer) -> None:
     plain, timed = (make_step(tiny_model, optimizer=optimizer, ema=0.9) for _ in range(2))
     for _ in range(3):
-        assert timed.time_optimizer() > 0
+        assert time_optimizer(timed) > 0
         for step in (plain, timed):
             step(*make_batch("cpu"), lr=1e-2)
     for name, tensor in timed.model.state_dict().items():
@@ -204,7 +207,7 @@ def test_fast_bfloat16_steps_match_the_plain_one(tiny_model, device, variant) ->
 
 def test_without_memory_for_cuda_graphs_the_manual_backend_stays(tiny_model, monkeypatch) -> None:
     plain, full = (make_step(tiny_model, kernels=MANUAL) for _ in range(2))
-    monkeypatch.setattr(full, "fits", lambda batch_size, context_length: False)
+    monkeypatch.setattr(train_step, "fits_memory", lambda *_: False)
     assert not full.capture_cuda_graph(16)
     assert full.backend_name == "manual backward"
     for _ in range(2):
