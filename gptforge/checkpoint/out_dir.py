@@ -36,7 +36,8 @@ def check_writable(folder: Path) -> None:
         problem = "is a file" if existing == folder else f"cannot be created: {existing} is a file"
         raise UserError(f"--out_dir {folder} {problem}: choose another")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--out_dir {folder}: {existing} cannot be written to: choose another")
+        fix = "change its permissions, or choose another"
+        raise UserError(f"--out_dir {folder}: {existing} cannot be written to: {fix}")
 
 
 def check_out_dir(config: Config) -> None:

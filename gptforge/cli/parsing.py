@@ -246,7 +246,7 @@ def normalize_flags(cls: type, args: Sequence[str]) -> list[str]:
             arg = f"--{name}={Path(value).expanduser().as_posix()}"
         normalized.append(arg)
         # Commands other than train take a RUN, which may follow a switch.
-        is_value = following in BOOLEANS or (
+        is_value = following.lower() in BOOLEANS or (
             issubclass(cls, Config) and not following.startswith("--")
         )
         if name in switches and not equals and not is_value:

@@ -200,7 +200,8 @@ def expand_resume(args: Sequence[str]) -> list[str]:
             "with the command that started the run"
         )
     if flag := next(filter(flags.__contains__, TAKEN_FROM_RUN), None):
-        raise UserError(f"--resume {name} takes --{flag} from the run: leave --{flag} out")
+        copy = "; a copy of the run's folder resumes, too" if flag == "out_dir" else ""
+        raise UserError(f"--resume {name} takes --{flag} from the run: leave --{flag} out{copy}")
     run = _find_run(Path(name))
     return [*args, f"--config={(run / 'config.toml').as_posix()}", f"--out_dir={run.as_posix()}"]
 

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from gptforge.data.prepare.request import (
     FileSelection,
     PrepareRequest,
     ProgressBar,
+    TextOptions,
     select_files,
 )
 from gptforge.data.prepare.scan import scan
@@ -94,7 +94,8 @@ def prepare_cached(
             request = replace(request, selection=selection, cache_key=cache_key)
             index = prepare(folder, request, wait=True, progress=progress)
     (folder / REQUEST_FILE).touch()
-    _delete_unused(cache)
+    # By the clock of the file system, which may not be that of this machine.
+    _delete_unused(cache, now=(folder / REQUEST_FILE).stat().st_mtime)
     return index, selection.notices
 
 
@@ -131,10 +132,15 @@ def _hints_for(request: PrepareRequest) -> Iterator[None]:
         has_flag = any(f"--{flag}" in error.hint for flag in ("encoding", "field", "kind"))
         if has_flag or not error.can_skip:
             raise UserError(message) from None
-        defaults = {"field": TextFormat.field, "encoding": TextFormat.encoding, "kind": "auto"}
-        values = {**vars(request.text_format), "kind": request.kind}
-        flags = [f" --{f} {quote(values[f])}" for f in defaults if values[f] != defaults[f]]
+        # Those that training sets, or it would refuse the shards; a Tokenizer has no name to give.
+        by_name = str(request.split_by_name).lower()
+        defaults = {**vars(TextFormat()), **vars(TextOptions()), "split_by_name": "true"}
+        values = {**vars(request.text_format), **vars(request), "split_by_name": by_name}
+        names = ["field", "encoding", "kind", "val_fraction", "split_by_name"]
+        names += ["tokenizer"] if isinstance(request.tokenizer, str) else []
+        names += ["vocab_size"] if request.tokenizer == "bpe" else []
         command = f"gptforge prepare {quote(request.names[0])} --out DIR --skip_bad true"
+        flags = [f" --{n} {quote(str(values[n]))}" for n in names if values[n] != defaults[n]]
         hint = f"skip such input: `{command}{''.join(flags)}`, and give DIR instead"
         raise UserError(f"{message}, or {hint}") from None
     except RunError as error:
@@ -170,8 +176,8 @@ def clear_cache() -> None:
                 entry.rmdir()
 
 
-def _delete_unused(cache: Path) -> None:
-    oldest = time.time() - MAX_AGE_DAYS * 24 * 3600
+def _delete_unused(cache: Path, *, now: float) -> None:
+    oldest = now - MAX_AGE_DAYS * 24 * 3600
     patterns = (f"*/{REQUEST_FILE}", f"{SPOOL_PREFIX}*", f"{BPE_PREFIX}*", f"{TEXT_PREFIX}*")
     for path in [path for pattern in patterns for path in cache.glob(pattern)]:
         with contextlib.suppress(OSError):

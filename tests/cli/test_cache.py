@@ -1,11 +1,14 @@
 """`gptforge cache`."""
 
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from gptforge.data.cache import SPOOL_PREFIX, writable_cache
+from gptforge.data.prepare.pipeline import REQUEST_FILE
 from gptforge.data.shard_index import INDEX_FILE
 from gptforge.lock import lock_folder
 from tests.programs import DEBUG
@@ -43,3 +46,16 @@ def test_what_another_process_prepares_is_kept(program) -> None:
     assert spool.is_dir()
     assert program("cache", "--clear").code == 0
     assert list(writable_cache().iterdir()) == [spool]
+
+
+def test_a_wrong_clock_does_not_delete_what_was_just_prepared(program, play, monkeypatch) -> None:
+    flags = (*DEBUG, "--input", play, "--max_steps", 1)
+    monkeypatch.setattr(time, "time", lambda: 4e10)
+    done = program(*flags)
+    assert done.code == 0, done.err
+    old, kept = writable_cache() / "old", next(writable_cache().glob(f"*/{INDEX_FILE}"))
+    old.mkdir()
+    (old / REQUEST_FILE).touch()
+    os.utime(old / REQUEST_FILE, (1e9, 1e9))
+    assert program(*flags).code == 0
+    assert (old.exists(), kept.exists()) == (False, True)

@@ -49,6 +49,8 @@ def test_old_spellings_are_hidden_aliases(capsys) -> None:
     assert explicit == {"random_offset", "keep_checkpoints", "raw_bin", "restart"}
     args = parse_args(PrepareArgs, ["text", "--out", "o", "--headerless", "--overwrite"], "p")
     assert (args.raw_bin, args.restart) == (True, True)
+    args = parse_args(PrepareArgs, ["--restart", "False", "text", "--out", "o"], "p")
+    assert (args.sources, args.restart) == (("text",), False)
     # A command that has the old name itself keeps it.
     assert parse_args(TokenizerArgs, ["text", "--out", "o", "--overwrite"], "t").overwrite
     with pytest.raises(SystemExit):

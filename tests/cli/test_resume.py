@@ -94,7 +94,7 @@ def test_resume_needs_no_other_flag(program, play, name) -> None:
 def test_resume_refuses_what_contradicts_the_run(program, run) -> None:
     for flags, words in (
         (("--n_layer", 3), "n_layer: 2 -> 3"),
-        (("--out_dir", "b"), "leave --out_dir out"),
+        (("--out_dir", "b"), "leave --out_dir out; a copy of the run's folder resumes, too"),
         (("--overwrite",), "--resume run and --restart contradict each other: leave one out"),
     ):
         done = program("--resume", "run", *flags)

@@ -1,6 +1,8 @@
 """What `--input` may name, and which tokens it gives."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,22 @@ def test_bad_input_names_the_prepare_command_that_skips_it(tmp_path) -> None:
     command = rf"`gptforge prepare {path.as_posix()} --out DIR {flags}"
     with pytest.raises(UserError, match=f"line 4: not JSON: .*: {command}"):
         open_input(path, text_format=text_format)
+
+
+def test_shards_of_the_prepare_command_that_skips_bad_input_are_accepted(program, tmp_path) -> None:
+    path, out = tmp_path / "d.jsonl", tmp_path / "shards"
+    rows = [json.dumps({"text": f"document {n} of some words"}) for n in range(300)]
+    path.write_text("\n".join([*rows, "{broken"]))
+    text = ("--tokenizer", "bpe", "--vocab_size", 300, "--val_fraction", 0.2)
+    train = (*DEBUG, *text, "--split_by_name", "False", "--max_steps", 1, "--input")
+    refused = program(*train, path)
+    assert refused.code == 2
+    command = re.search(r"`gptforge (prepare .*)`", refused.err)
+    assert command, refused.err
+    assert "--split_by_name false" in command[1]
+    assert program(*shlex.split(command[1].replace("DIR", str(out)))).code == 0
+    done = program(*train, out)
+    assert done.code == 0, done.err
 
 
 def test_hints_name_flags_of_training(tmp_path) -> None:

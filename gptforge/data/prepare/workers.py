@@ -1,5 +1,6 @@
 """Run the jobs of a preparation in worker processes, but for those that have run before."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -8,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def _run(
     stop = context.RawValue("b", 0)
     pool = ProcessPoolExecutor(num_workers, context, _init_worker, (runner, counts, stop))
     try:
-        running: dict[Future[JobResult], Job] = {pool.submit(_run_job, job): job for job in jobs}
+        with _sigint_blocked():
+            running = {pool.submit(_run_job, job): job for job in jobs}
         reported = [0, 0]
         while running:
             finished, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -108,6 +110,19 @@ def _run(
     finally:
         stop.value = 1
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Delay Ctrl-C; processes that start meanwhile never get it, not even in their imports."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def num_cpus() -> int:

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import lzma
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from tests.data.prepare.small_datasets import (
     write_jsonl,
     write_parquet,
 )
+from tests.environment import python_path
 
 
 def test_formats_give_same_documents(tmp_path) -> None:
@@ -357,3 +359,18 @@ def test_killed_preparation_leaves_no_process_and_resumes(tmp_path) -> None:
         )
         assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "complete")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal masks")
+def test_interrupt_does_not_reach_workers_that_are_starting(tmp_path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [some_text(i, words=2000) for i in range(200)])
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if 'spawn_main' in ' '.join(sys.orig_argv):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    command = [sys.executable, "-m", "gptforge", "prepare", str(source), "--shard_mb", "1"]
+    command += ["--workers", "2", "--tokenizer", "byte", "--out", str(tmp_path / "shards")]
+    env = {**os.environ, "PYTHONPATH": python_path(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
