@@ -17,17 +17,18 @@ def find(monkeypatch):
     """Search from 32 sequences of 1 GB each, of which `limit` fit, on a GPU."""
 
     def find(limit: int, tried: list[int], *, free_memory: int = 10**12) -> int:
-        def fits(size: int, context_length: int) -> bool:
+        def fits(step: object, size: int, context_length: int) -> bool:
             tried.append(size)
             return size <= limit
 
+        monkeypatch.setattr(memory_fit, "fits_memory", fits)
         monkeypatch.setattr(memory_fit, "usable_memory", lambda device: free_memory)
         monkeypatch.setattr(
             memory_fit, "training_memory", lambda config, n, **_: {"all": n * 10**9}
         )
         step = SimpleNamespace(
             kernels=DEFAULT_KERNELS, device=torch.device("cuda"), is_sharded=False,
-            precision=FLOAT32, fits=fits,
+            precision=FLOAT32,
         )  # fmt: skip
         config = Config(batch_size=32)
         return memory_fit.choose_micro_batch(step, config, SINGLE_PROCESS, is_explicit=False)
