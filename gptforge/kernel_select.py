@@ -66,4 +66,6 @@ def sdpa_backend(config: Config, device: torch.device, dtype: torch.dtype) -> st
         kind = SDPBackend(torch._fused_sdp_choice(q, q, q, None, 0.0, True))
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return "unknown"
-    return kind.name.removesuffix("_ATTENTION").lower()
+    # A number that this torch does not know is called "???".
+    known = kind.name in SDPBackend.__members__
+    return kind.name.removesuffix("_ATTENTION").lower() if known else "unknown"

@@ -21,6 +21,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def test_sdpa_backend(monkeypatch) -> None:
     config = Config(n_head=2, n_embd=16, context_length=16)
     assert sdpa_backend(config, CPU, torch.float32) in ("flash", "math")
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: 99)
+    assert sdpa_backend(config, CPU, torch.float32) == "unknown"
     monkeypatch.setattr(torch, "_fused_sdp_choice", None)
     assert sdpa_backend(config, CPU, torch.float32) == "unknown"
 

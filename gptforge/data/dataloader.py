@@ -107,7 +107,7 @@ class DataLoader:
 
         Sequence i starts at token i * T, plus the epoch's offset with `random_offset`.
         """
-        positions = position + np.arange(self._global_batch_size)
+        positions = position + np.arange(self._global_batch_size, dtype=np.int64)
         ids = shuffled_index(positions, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
         return [int(i) for i in ids]
 
@@ -137,8 +137,9 @@ class DataLoader:
     def _sequence_starts(self, position: int) -> dict[int, NDArray[np.int64]]:
         """First tokens of this rank's sequences in the batch at a position and some after it."""
         num_batches = -(-INDEX_CHUNK // len(self.rows))
-        batches = position + self._global_batch_size * np.arange(num_batches)
-        positions = np.add.outer(batches, np.arange(self.rows.start, self.rows.stop))
+        # NumPy 1 defaults to 32 bits on Windows, where positions would overflow.
+        batches = position + self._global_batch_size * np.arange(num_batches, dtype=np.int64)
+        positions = np.add.outer(batches, np.array(self.rows))
         ids = shuffled_index(positions, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
         starts = ids * self._context_length
         if self._random_offset:
